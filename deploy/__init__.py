@@ -1,0 +1,1 @@
+"""How services are started and steered: the `orrery` command and the launchers."""

@@ -1,0 +1,1 @@
+"""The controller: decides. A pure core in a thin shell; no torch, no GPU, no decoding of payloads."""

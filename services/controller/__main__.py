@@ -1,0 +1,72 @@
+"""`python -m services.controller --recipe R [--run-folder F] [--bind A]`: one term of one run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import uvloop
+
+from services.controller.disk import FolderDisk
+from services.controller.journal import Journal
+from services.controller.outputs import Outputs
+from services.controller.server import Controller, DriftedJournal, open_run
+from services.controller.spool import Spool
+from shared.bus import BindRefused, RouterBus
+from shared.records import JOURNAL, SPOOL, JournalDamaged
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_RECIPE, ServiceArguments, run_service
+from shared.telemetry import get_logger
+
+log = get_logger()
+
+
+def main(arguments: ServiceArguments) -> int:
+    """Serve one term; 0 when the run is complete or stopped, 2 for an address or folder in use, 3 when it failed."""
+    recipe, folder = arguments.recipe, arguments.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    if lock is None:
+        return EXIT_RECIPE
+    segment = recipe.journal.segment_mb << 20
+    try:
+        journal = Journal(FolderDisk(folder / JOURNAL), segment)
+        outputs = Outputs(folder)
+        core = open_run(recipe, folder, journal, outputs)
+        if core.state.stages.name == "over":
+            log.info("this run is complete; nothing to resume", run=core.state.run)
+            return EXIT_DONE
+        bus = RouterBus(arguments.bind or recipe.bus.bind, term=core.state.term + 1, settings=recipe.bus)
+        controller = Controller(core, journal, Spool(FolderDisk(folder / SPOOL), segment), outputs, bus)
+        end = uvloop.run(controller.serve(folder.name))
+    except BindRefused as error:
+        log.error("the controller cannot listen", why=str(error))
+        return EXIT_RECIPE
+    except (JournalDamaged, DriftedJournal) as error:
+        log.error("the journal cannot be used", why=str(error))
+        return EXIT_FATAL
+    except OSError as error:
+        log.error("the run folder cannot be written: nothing acknowledged is lost, mend it and resume", why=str(error))
+        return EXIT_FATAL
+    finally:
+        os.close(lock)
+    (log.error if end.outcome == "failed" else log.info)(f"the run is {end.outcome}", why=end.cause)
+    return EXIT_FATAL if end.outcome == "failed" else EXIT_DONE
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold the run folder: two controllers on one journal would tear it."""
+    descriptor = os.open(folder / "controller.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.error(
+            "another controller holds this run folder: end it first, or choose another folder", folder=str(folder)
+        )
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+if __name__ == "__main__":
+    run_service("controller", main)

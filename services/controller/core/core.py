@@ -1,0 +1,268 @@
+"""The core: `outcome = core.step(event)`.
+
+The shell hands in one event after the other, each with the time; the same events from the same start give the same
+state, facts and effects, in any process. Replay after a crash, the simulator and the audit of a replay rest on that.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from services.controller.core import refusals
+from services.controller.core.deadlines import expire, next_deadline
+from services.controller.core.events import (
+    AnyEvent,
+    DeadlinePassed,
+    HyperparametersRequested,
+    MeshIdMinted,
+    MessageReceived,
+    ReplicaLost,
+    ReplicaMessage,
+    ReplicaRegistered,
+    RunBegan,
+    Spooled,
+    StopRequested,
+    TermBegan,
+)
+from services.controller.core.fleet import Replica
+from services.controller.core.orders import give_orders, lease_key
+from services.controller.core.outcome import Joined, Judged, Outcome, Reported, StageBegan, Welcome
+from services.controller.core.rules import judging, leasing, losing, saving, syncing, training
+from services.controller.core.state import State, Turn, initial_state
+from shared.config import Recipe
+from shared.messages import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Goodbye,
+    GradientsReady,
+    GroupReport,
+    LeaseReturned,
+    MeshFailed,
+    MeshFormed,
+    Refused,
+    Register,
+    ReplicaFailed,
+    StateLoaded,
+    StepApplied,
+    WeightsFailed,
+    WeightsLoaded,
+    WeightsSent,
+)
+
+RULES = (
+    saving.stop_run,
+    saving.turn_stage,
+    saving.save_regularly,
+    saving.close_run,
+    losing.roll_back_if_orphaned,
+    judging.cancel_round,
+    judging.close_round,
+    judging.open_round,
+    training.close_step,
+    training.commit_step,
+    training.filter_groups,
+    training.form_batch,
+    syncing.sync_weights,
+    training.begin_step,
+    leasing.lease_groups,
+    saving.end_run,
+)
+"""What may begin, in order of precedence: a sync is ordered before the step that would change what it sends."""
+
+MOST_PASSES = 1000
+"""A rule set that never comes to rest is a bug; better a crash with a name than a silent loop."""
+
+
+class Core:
+    """The state and the only way to change it."""
+
+    def __init__(self, recipe: Recipe, state: State | None = None) -> None:
+        self.recipe = recipe
+        self.state = state if state is not None else initial_state(recipe)
+
+    @classmethod
+    def restore(cls, recipe: Recipe, snapshot: bytes) -> Core:
+        """The core as it was when `snapshot` was taken."""
+        return cls(recipe, msgspec.msgpack.decode(snapshot, type=State))
+
+    def snapshot(self) -> bytes:
+        """The whole state as msgpack."""
+        return msgspec.msgpack.encode(self.state)
+
+    def next_deadline(self) -> float:
+        """When `DeadlinePassed` is due, in the controller's clock."""
+        return next_deadline(self.state, self.recipe)
+
+    def judge_registration(self, register: Register) -> Refused | None:
+        """Why a rank may not join; changes nothing."""
+        return refusals.judge_registration(self.state, register)
+
+    def judge(self, replica: str, incarnation: int, message: ReplicaMessage) -> refusals.Verdict:
+        """Whether a message is fresh, a duplicate, or refused; changes nothing."""
+        return refusals.judge(self.state, replica, incarnation, message)
+
+    def step(self, event: AnyEvent) -> Outcome:
+        """Take one event."""
+        turn = Turn(self.state, self.recipe)
+        self.state.now = event.at
+        _take(turn, event)
+        for _ in range(MOST_PASSES):
+            acted = [rule(turn) for rule in RULES]
+            if not any(acted):
+                break
+        else:
+            raise RuntimeError(f"the rules did not come to rest after {type(event).__name__}")
+        give_orders(turn)
+        return turn.outcome
+
+
+def _take(turn: Turn, event: AnyEvent) -> None:
+    state = turn.state
+    match event:
+        case RunBegan():
+            state.run = event.run
+            turn.progress()
+            turn.fact(StageBegan(state.stages.name, 0))
+        case TermBegan():
+            _begin_term(turn, event.term)
+        case ReplicaRegistered():
+            _register(turn, event.register)
+        case ReplicaLost():
+            if state.fleet.is_current(event.replica, event.incarnation):
+                losing.lose(turn, state.fleet.replicas[event.replica], event.cause)
+        case DeadlinePassed():
+            expire(turn)
+        case MeshIdMinted():
+            state.meshes.minted(event.epoch, event.unique_id, state.now + turn.recipe.timeouts.mesh_s)
+        case HyperparametersRequested():
+            step = state.lineages.committed.step + (state.steps.step is not None)
+            state.hyperparameters.request(event.changes, max(event.at_step or 0, step))
+        case StopRequested():
+            state.stages.stopping = event.cause
+            state.stages.stop_deadline = state.now + turn.recipe.timeouts.step_s
+        case MessageReceived():
+            _receive(turn, state.fleet.replicas[event.replica], event.body, event.spooled)
+
+
+def _begin_term(turn: Turn, term: int) -> None:
+    """A new controller process: sessions begin anew, waits are granted again, what was forming is void."""
+    state = turn.state
+    state.term = term
+    state.sent = {}
+    state.stages.reopen()
+    turn.progress()
+    for replica in state.fleet.live():
+        replica.confirmed, replica.deadline = False, state.now + turn.recipe.timeouts.rejoin_s
+    for mesh in list(state.meshes.meshes.values()):
+        if mesh.state != "formed":
+            syncing.revoke_mesh(turn, mesh.epoch, "the controller died while it was forming", failed=False)
+    for group in state.ledger.having("leased"):
+        group.deadline = state.now + turn.recipe.timeouts.lease_s
+    if state.steps.step is not None:
+        state.steps.step.deadline = state.now + turn.recipe.timeouts.step_s
+    if state.weights.transfer is not None:
+        state.weights.transfer.deadline = state.now + turn.recipe.timeouts.transfer_s
+    if state.lineages.saving is not None:
+        state.lineages.saving.deadline = state.now + turn.recipe.timeouts.checkpoint_s
+
+
+def _register(turn: Turn, register: Register) -> None:
+    state = turn.state
+    replica = state.fleet.same_process(register)
+    if replica is not None:
+        if not replica.confirmed:
+            replica.confirmed, replica.deadline = True, None
+            if replica.state in ("joining", "loading"):
+                replica.deadline = state.now + turn.recipe.timeouts.load_s
+    else:
+        replica = state.fleet.next_rank_of(register)
+        if replica is not None:
+            replica.nonces[register.rank], replica.pids[register.rank] = register.nonce, register.pid
+        else:
+            before = state.fleet.replicas.get(register.replica)
+            if before is not None and before.live:
+                losing.lose(turn, before, "a new process took its name")
+            replica = state.fleet.enter(register, state.now)
+            turn.fact(Joined(replica.name, replica.role, replica.incarnation))
+            replica.deadline = state.now + turn.recipe.timeouts.load_s
+        if len(replica.nonces) == replica.world:
+            _complete(turn, replica, register)
+    held = {(ref.group, ref.attempt) for ref in register.leases}
+    standing = [(g.id, g.attempt) for g in state.ledger.held_by(replica.name) if (g.id, g.attempt) in held]
+    if register.rank == 0:
+        state.sent[replica.name] = [lease_key(*ref) for ref in standing]
+    turn.effect(Welcome(replica.name, register.rank, replica.incarnation, standing))
+
+
+def _complete(turn: Turn, replica: Replica, register: Register) -> None:
+    """All ranks are there. A policy that proves to hold the committed state, lost though it was, need not load it."""
+    state = turn.state
+    holds = (
+        replica.role == "policy" and register.holds == state.lineages.committed and state.lineages.committed.step > 0
+    )
+    state.fleet.move(replica, "loading", state.now)
+    if holds:
+        replica.position = register.holds
+        state.fleet.move(replica, "ready", state.now)
+    else:
+        replica.deadline = state.now + turn.recipe.timeouts.load_s
+
+
+def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spooled | None) -> None:
+    state = turn.state
+    match message:
+        case Goodbye():
+            losing.lose(turn, replica, message.cause, left=True)
+        case ReplicaFailed():
+            losing.lose(turn, replica, message.cause)
+            if message.fatal:
+                state.stages.finish("failed", f"{replica.name}: {message.cause}")
+        case StateLoaded():
+            turn.progress()
+            if replica.role == "policy":
+                replica.position = message.position
+            state.fleet.move(replica, "ready" if replica.role == "policy" else "stale", state.now)
+        case GroupReport():
+            _take_report(turn, message, spooled)
+        case LeaseReturned():
+            group = turn.group(message.group)
+            if message.cause == "handed_back":
+                leasing.give_back(turn, group, "handed_back")
+            else:
+                leasing.end_group(turn, group, message.cause)
+        case GradientsReady():
+            if state.steps.vote(replica.name, message.finite, message.metrics) == "no":
+                training.reject_step(turn)
+        case StepApplied():
+            replica.position = state.lineages.committed
+            state.steps.applied_by(replica.name)
+        case CheckpointSaved():
+            saving.checkpoint_saved(turn, message.position, message.path)
+        case CheckpointFailed():
+            saving.checkpoint_failed(turn, message.cause)
+        case MeshFormed():
+            state.meshes.member_formed(message.epoch, replica.name)
+        case MeshFailed():
+            syncing.revoke_mesh(turn, message.epoch, f"{replica.name}: {message.cause}", failed=True)
+        case WeightsSent():
+            syncing.weights_sent(turn, message.digest, message.bytes)
+        case WeightsLoaded():
+            syncing.weights_loaded(turn, replica.name, message.digest)
+        case WeightsFailed():
+            syncing.weights_failed(turn, f"{replica.name}: {message.cause}")
+
+
+def _take_report(turn: Turn, report: GroupReport, spooled: Spooled | None) -> None:
+    state = turn.state
+    group = turn.group(report.group)
+    judged = state.evaluation.round
+    turn.progress()
+    if group.purpose == "eval" and judged is not None and not report.oldest == report.newest == judged.version:
+        leasing.give_back(turn, group, f"judged with versions {report.oldest}..{report.newest}, not {judged.version}")
+        return
+    state.ledger.report(group, report, spooled, state.now)
+    turn.fact(Reported(group.id, group.attempt, group.oldest, group.newest))
+    if group.purpose == "eval" and judged is not None:
+        judged.scores[group.row] = report.rewards[0]
+        state.ledger.consume(group, state.lineage)
+        turn.fact(Judged(state.lineage, group.id, judged.version))

@@ -1,0 +1,91 @@
+"""Deadlines: when the core wants to be woken, and what has run out when it is. Nobody waits without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from services.controller.core.rules.leasing import give_back
+from services.controller.core.rules.losing import lose
+from services.controller.core.rules.saving import checkpoint_failed
+from services.controller.core.rules.syncing import revoke_mesh
+from services.controller.core.state import State, Turn
+from shared.config import Recipe
+
+
+def next_deadline(state: State, recipe: Recipe) -> float:
+    """The earliest moment at which something runs out, in the controller's clock."""
+    return min(_moments(state, recipe))
+
+
+def _moments(state: State, recipe: Recipe) -> Iterator[float]:
+    yield state.progressed + recipe.timeouts.stall_s
+    for group in state.ledger.groups.values():
+        if group.state == "leased":
+            yield group.deadline
+    for replica in state.fleet.live():
+        if replica.deadline is not None:
+            yield replica.deadline
+    for mesh in state.meshes.meshes.values():
+        if mesh.state in ("minting", "forming"):
+            yield mesh.deadline
+    if state.steps.step is not None:
+        yield state.steps.step.deadline
+    if state.weights.transfer is not None:
+        yield state.weights.transfer.deadline
+    if state.lineages.saving is not None:
+        yield state.lineages.saving.deadline
+    if state.stages.stopping:
+        yield state.stages.stop_deadline
+    if state.meshes.not_before > state.now:
+        yield state.meshes.not_before
+
+
+def expire(turn: Turn) -> None:
+    """Act on everything that has run out by now."""
+    state, now = turn.state, turn.state.now
+    for group in list(state.ledger.groups.values()):
+        if group.state == "leased" and group.deadline <= now:
+            give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
+    for replica in state.fleet.live():
+        if replica.deadline is not None and replica.deadline <= now:
+            waited = "timeouts.load_s" if replica.state in ("joining", "loading") else "timeouts.rejoin_s"
+            lose(turn, replica, f"the controller waited for it in state {replica.state} past {waited}")
+    for mesh in list(state.meshes.meshes.values()):
+        if mesh.state in ("minting", "forming") and mesh.deadline <= now:
+            missing = [m.replica for m in mesh.members if m.replica not in mesh.formed]
+            revoke_mesh(turn, mesh.epoch, f"{', '.join(missing)} did not form it within timeouts.mesh_s", failed=True)
+    _expire_step(turn)
+    transfer = state.weights.transfer
+    if transfer is not None and transfer.deadline <= now:
+        revoke_mesh(turn, transfer.epoch, "the transfer took longer than timeouts.transfer_s", failed=True)
+    saving = state.lineages.saving
+    if saving is not None and saving.deadline <= now:
+        checkpoint_failed(turn, f"{saving.replica} did not answer within timeouts.checkpoint_s")
+    if state.stages.stopping and state.stages.stop_deadline <= now:
+        state.stages.finish(
+            "stopped", f"{state.stages.stopping}; the batch in hand was not finished within timeouts.step_s"
+        )
+    if state.progressed + turn.recipe.timeouts.stall_s <= now:
+        state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state)}")
+
+
+def _expire_step(turn: Turn) -> None:
+    state, step = turn.state, turn.state.steps.step
+    if step is None or step.deadline > state.now:
+        return
+    answered = step.votes if step.state == "computing" else step.applied
+    late = [name for name in step.shares if name not in answered]
+    if not late:
+        step.deadline = (
+            state.now + turn.recipe.timeouts.step_s
+        )  # all have voted; the commit waits for a straggler's lease
+    for name in late:
+        lose(turn, state.fleet.replicas[name], f"step {step.step} was {step.state} and waited past timeouts.step_s")
+
+
+def _waiting_for(state: State) -> str:
+    """One line for a person: who waits for whom."""
+    roles = {role: [f"{r.name} {r.state}" for r in state.fleet.live(role)] for role in ("policy", "rollout")}
+    present = "; ".join(f"{role}: {', '.join(names) or 'none registered'}" for role, names in roles.items())
+    leased, reported = len(state.ledger.having("leased")), len(state.ledger.having("reported"))
+    return f"stage {state.stages.name}, {leased} groups leased, {reported} reported; {present}"

@@ -1,0 +1,116 @@
+"""The fleet: a replica's life.
+
+    joining -> loading -> stale -> ready -> draining -> left           any live state -> lost
+
+- joining: some of its ranks have registered; loading: all have, the model is being made;
+- stale: the model stands but its weights are not the published ones; ready: they were, and their digest was checked
+  (a policy is ready when it holds the committed state);
+- *busy* is not a state of its own: a ready replica with leases or a step in hand is busy.
+
+The transition that must not exist: lost -> ready. What comes back after a loss is a new incarnation that starts at
+joining and can only become ready through stale and a weight sync (a policy: by loading, or by proving at registration
+that it still holds the committed state).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shared.messages import DatasetIdentity, Position, Register, Role
+
+ReplicaState = Literal["joining", "loading", "stale", "ready", "draining", "left", "lost"]
+LIVE: tuple[ReplicaState, ...] = ("joining", "loading", "stale", "ready", "draining")
+
+
+class Replica(msgspec.Struct):
+    """One incarnation of a replica. `position` is what it holds, as acknowledged; None: nothing usable."""
+
+    name: str
+    role: Role
+    incarnation: int
+    world: int
+    nonces: dict[int, int]
+    pids: dict[int, int]
+    host: str
+    state: ReplicaState
+    since: float
+    position: Position | None = None
+    confirmed: bool = True
+    deadline: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether this incarnation may still act."""
+        return self.state in LIVE
+
+
+class Fleet(msgspec.Struct):
+    """Every replica that the run has seen, by name, in its latest incarnation; and the data sets they agreed on."""
+
+    replicas: dict[str, Replica] = {}
+    datasets: dict[str, DatasetIdentity] = {}
+
+    def live(self, role: Role | None = None) -> list[Replica]:
+        """The live replicas (of a role), by name."""
+        found = [r for r in self.replicas.values() if r.live and (role is None or r.role == role)]
+        return sorted(found, key=lambda replica: replica.name)
+
+    def ready(self, role: Role) -> list[Replica]:
+        """The replicas of a role that may be given work: ready, and heard from in this term."""
+        return [r for r in self.live(role) if r.state == "ready" and r.confirmed]
+
+    def is_current(self, name: str, incarnation: int) -> bool:
+        """Whether this incarnation is the live one of that name."""
+        replica = self.replicas.get(name)
+        return replica is not None and replica.live and replica.incarnation == incarnation
+
+    def dataset_conflict(self, register: Register) -> tuple[DatasetIdentity, DatasetIdentity] | None:
+        """(expected, got) of the first data set that differs from what the first registrant saw."""
+        for seen in register.datasets:
+            known = self.datasets.get(seen.name)
+            if known is not None and known != seen:
+                return known, seen
+        return None
+
+    def same_process(self, register: Register) -> Replica | None:
+        """The live replica that this registration continues: same name, same process for this rank."""
+        replica = self.replicas.get(register.replica)
+        if replica is None or not replica.live:
+            return None
+        return replica if replica.nonces.get(register.rank) == register.nonce else None
+
+    def next_rank_of(self, register: Register) -> Replica | None:
+        """The joining replica that this registration completes: same name, a rank not seen yet."""
+        replica = self.replicas.get(register.replica)
+        if replica is None or replica.state != "joining" or register.rank in replica.nonces:
+            return None
+        return replica if replica.world == register.world else None
+
+    def enter(self, register: Register, at: float) -> Replica:
+        """A new incarnation begins with this rank."""
+        before = self.replicas.get(register.replica)
+        replica = Replica(
+            name=register.replica,
+            role=register.role,
+            incarnation=before.incarnation + 1 if before else 1,
+            world=register.world,
+            nonces={register.rank: register.nonce},
+            pids={register.rank: register.pid},
+            host=register.host,
+            state="joining",
+            since=at,
+        )
+        self.replicas[replica.name] = replica
+        for seen in register.datasets:
+            self.datasets.setdefault(seen.name, seen)
+        return replica
+
+    def move(self, replica: Replica, state: ReplicaState, at: float) -> None:
+        """Change a live replica's state; the waits of the old state end."""
+        if not replica.live:
+            raise ValueError(f"{replica.name}#{replica.incarnation} is {replica.state} and cannot become {state}")
+        replica.state, replica.since, replica.deadline = state, at, None
+        if state in ("left", "lost"):
+            replica.position = None

@@ -1,0 +1,199 @@
+"""Which messages the core takes: fresh ones; duplicates are acknowledged and ignored, the rest is refused by name.
+
+Pure reading: nothing here changes the state. The shell asks before it spools or journals anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from services.controller.core.events import ReplicaMessage
+from services.controller.core.fleet import Replica
+from services.controller.core.state import State
+from shared.messages import (
+    CheckpointFailed,
+    CheckpointSaved,
+    Goodbye,
+    GradientsReady,
+    GroupReport,
+    LeaseReturned,
+    MeshFailed,
+    MeshFormed,
+    Refused,
+    Register,
+    ReplicaFailed,
+    StateLoaded,
+    StepApplied,
+    WeightsFailed,
+    WeightsLoaded,
+    WeightsSent,
+)
+
+Verdict = Refused | Literal["fresh", "duplicate"]
+
+
+def judge_registration(state: State, register: Register) -> Refused | None:
+    """Why this rank may not join, or None when it may."""
+    if register.role not in ("policy", "rollout"):
+        return Refused("role", "policy or rollout", register.role, "start the service under a role that this run has")
+    if not 0 <= register.rank < register.world:
+        return Refused(
+            "malformed", f"a rank below {register.world}", str(register.rank), "give each rank its own number"
+        )
+    if register.role == "policy" and any(r.name != register.replica for r in state.fleet.live("policy")):
+        names = ", ".join(r.name for r in state.fleet.live("policy"))
+        return Refused("role", "one policy replica", f"{register.replica} beside {names}", "stop the other one first")
+    known = state.fleet.replicas.get(register.replica)
+    if known is not None and known.live and known.role != register.role:
+        return Refused("identity", f"{register.replica} as {known.role}", register.role, "choose another replica name")
+    conflict = state.fleet.dataset_conflict(register)
+    if conflict is not None:
+        expected, got = (f"{d.name}: {d.length} rows, fingerprint {d.fingerprint}" for d in conflict)
+        return Refused("dataset", expected, got, "every service must read the same data: compare files and versions")
+    return None
+
+
+def judge(state: State, name: str, incarnation: int, message: ReplicaMessage) -> Verdict:
+    """Fresh, duplicate, or why the message is refused."""
+    replica = state.fleet.replicas.get(name)
+    if replica is None or not state.fleet.is_current(name, incarnation):
+        now = f"incarnation {replica.incarnation} ({replica.state})" if replica else "no such replica"
+        return Refused("incarnation", now, f"incarnation {incarnation}", "register anew")
+    judge_one: Callable[[State, Replica, ReplicaMessage], Verdict] = _JUDGES[type(message)]
+    return judge_one(state, replica, message)
+
+
+def _always(state: State, replica: Replica, message: ReplicaMessage) -> Verdict:
+    return "fresh"
+
+
+def _loaded(state: State, replica: Replica, message: StateLoaded) -> Verdict:
+    if replica.state != "loading":
+        return "duplicate"
+    if replica.role == "policy" and message.position != state.lineages.settled:
+        return Refused("lineage", str(state.lineages.settled), str(message.position), "load what LoadState names")
+    return "fresh"
+
+
+def _lease(state: State, replica: Replica, message: GroupReport | LeaseReturned) -> Verdict:
+    if message.lineage != state.lineage:
+        return Refused(
+            "lineage", str(state.lineage), str(message.lineage), "drop this work: its weights no longer exist"
+        )
+    group = state.ledger.groups.get(message.group)
+    named = f"group {message.group} attempt {message.attempt}"
+    if group is None or group.attempt != message.attempt:
+        now = f"attempt {group.attempt}" if group else "the group is closed"
+        return Refused("attempt", now, named, "drop this work: the lease ended or was given to another replica")
+    if group.state != "leased":
+        return (
+            "duplicate" if group.replica == replica.name else Refused("attempt", group.state, named, "drop this work")
+        )
+    if (group.replica, group.incarnation) != (replica.name, replica.incarnation):
+        return Refused("attempt", f"a report of {group.replica}", f"one of {replica.name}", "report only own leases")
+    return (
+        _report(message, group.samples, group.purpose, group.version) if isinstance(message, GroupReport) else "fresh"
+    )
+
+
+def _report(report: GroupReport, samples: int, purpose: str, version: int) -> Verdict:
+    counts = {len(report.rewards), len(report.lengths), len(report.truncated), *(len(p) for p in report.parts.values())}
+    if counts != {samples}:
+        return Refused(
+            "malformed", f"{samples} samples", f"lists of lengths {sorted(counts)}", "report every sample once"
+        )
+    if not all(math.isfinite(reward) for reward in report.rewards):
+        return Refused("malformed", "finite rewards", str(report.rewards), "return the lease as reward_failed instead")
+    if purpose != "eval" and (not report.arrays or min(report.lengths) < 1):
+        return Refused(
+            "malformed", "arrays with at least one token a sample", str(report.lengths), "see docs/protocol.md"
+        )
+    if purpose != "sft" and report.oldest < version:
+        return Refused(
+            "state", f"tokens of version {version} or newer", str(report.oldest), "sample with synced weights"
+        )
+    return "fresh"
+
+
+def _gradients(state: State, replica: Replica, message: GradientsReady) -> Verdict:
+    step = state.steps.step
+    if step is None or step.attempt != message.attempt or replica.name not in step.shares:
+        now = f"attempt {step.attempt}" if step else "no step in hand"
+        return Refused("attempt", now, f"attempt {message.attempt}", "drop these gradients")
+    return "fresh" if step.state == "computing" and replica.name not in step.votes else "duplicate"
+
+
+def _applied(state: State, replica: Replica, message: StepApplied) -> Verdict:
+    if replica.position == message.position:
+        return "duplicate"
+    step, committed = state.steps.step, state.lineages.committed
+    if step is None or step.state != "committed" or replica.name not in step.shares:
+        return Refused(
+            "state", "an answer to CommitStep", f"step {message.step} applied", "apply only what is committed"
+        )
+    if (message.position.lineage, message.position.step) != (committed.lineage, committed.step):
+        return Refused("lineage", str(committed), str(message.position), "register anew and load what LoadState names")
+    return "fresh"
+
+
+def _saved(state: State, replica: Replica, message: CheckpointSaved | CheckpointFailed) -> Verdict:
+    saving = state.lineages.saving
+    if saving is not None and (saving.replica, saving.position) == (replica.name, message.position):
+        return "fresh"
+    if message.position == state.lineages.settled:
+        return "duplicate"
+    return Refused(
+        "state", f"the checkpoint of {saving and saving.position}", str(message.position), "wait for SaveCheckpoint"
+    )
+
+
+def _formed(state: State, replica: Replica, message: MeshFormed | MeshFailed) -> Verdict:
+    mesh = state.meshes.meshes.get(message.epoch)
+    if mesh is None or not mesh.has(replica.name):
+        if isinstance(message, MeshFailed):
+            return "duplicate"  # the others' errors follow from the revoke
+        return Refused("epoch", "a live mesh", f"epoch {message.epoch}", "leave this mesh: it was revoked")
+    if isinstance(message, MeshFormed) and replica.name in mesh.formed:
+        return "duplicate"
+    return "fresh"
+
+
+def _weights(state: State, replica: Replica, message: WeightsSent | WeightsLoaded | WeightsFailed) -> Verdict:
+    transfer = state.weights.transfer
+    same = transfer is not None and (transfer.epoch, transfer.position) == (message.epoch, message.position)
+    if transfer is None or not same:
+        if isinstance(message, WeightsFailed) or replica.position == message.position:
+            return "duplicate"
+        now = f"epoch {transfer.epoch}" if transfer else "no transfer"
+        return Refused("epoch", now, f"epoch {message.epoch}", "drop these weights: the transfer was given up")
+    if isinstance(message, WeightsSent):
+        if replica.name != transfer.source:
+            return Refused("role", f"the source {transfer.source}", replica.name, "only the source reports WeightsSent")
+        return "fresh" if transfer.digest is None else "duplicate"
+    if isinstance(message, WeightsLoaded):
+        if replica.name not in transfer.receivers:
+            return Refused("role", f"a receiver of {transfer.receivers}", replica.name, "only receivers load")
+        return "duplicate" if replica.name in transfer.loaded else "fresh"
+    return "fresh"
+
+
+_JUDGES: dict[type[msgspec.Struct], Callable[..., Verdict]] = {
+    Goodbye: _always,
+    ReplicaFailed: _always,
+    StateLoaded: _loaded,
+    GroupReport: _lease,
+    LeaseReturned: _lease,
+    GradientsReady: _gradients,
+    StepApplied: _applied,
+    CheckpointSaved: _saved,
+    CheckpointFailed: _saved,
+    MeshFormed: _formed,
+    MeshFailed: _formed,
+    WeightsSent: _weights,
+    WeightsLoaded: _weights,
+    WeightsFailed: _weights,
+}

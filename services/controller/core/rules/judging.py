@@ -1,0 +1,124 @@
+"""Evaluation rounds: when one is due, opening it, closing it, and what follows from its verdict."""
+
+from __future__ import annotations
+
+from services.controller.core.evaluation import Round, Why
+from services.controller.core.outcome import Discarded, Evaluated, Issued, RecordEvaluation
+from services.controller.core.state import Turn
+
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def gating_round_due(turn: Turn) -> bool:
+    """Whether a verdict on exactly the committed version must come before the next batch."""
+    why = _due(turn)
+    return why is not None and why != "periodic"
+
+
+def open_round(turn: Turn) -> bool:
+    """Open the round that is due, on the newest version that the fleet holds."""
+    state, table = turn.state, turn.recipe.evaluation
+    why = _due(turn)
+    if (
+        table is None
+        or why is None
+        or state.evaluation.round is not None
+        or state.stages.outcome
+        or state.stages.stopping
+    ):
+        return False
+    held = [r.position for r in state.fleet.ready("rollout") if r.position is not None]
+    versions = [p.version for p in held if p.lineage == state.lineage]
+    if not versions or (why != "periodic" and max(versions) != state.version):
+        return False
+    dataset = state.fleet.datasets.get(table.dataset)
+    version = max(versions)
+    if dataset is None or state.evaluation.verdict_of(state.lineage, version) is not None:
+        return False
+    rows = min(table.problems, dataset.length)
+    state.evaluation.round = Round(state.lineage, version, state.stages.name, why, state.now, rows)
+    for row in range(rows):
+        group = state.ledger.draw(state.lineage, "eval", dataset, 0, row, 1)
+        turn.fact(Issued(state.lineage, group.id, "eval", False))
+    return True
+
+
+def cancel_round(turn: Turn) -> bool:
+    """Give up a round that nobody can finish: no replica holds its version, and none will get it."""
+    state, judged = turn.state, turn.state.evaluation.round
+    if judged is None or state.version == judged.version:
+        return False
+    wanted = (judged.lineage, judged.version)
+    live = [r.position for r in state.fleet.live("rollout") if r.position is not None]
+    if any((p.lineage, p.version) == wanted for p in live):
+        return False
+    drop_round(turn, "round_cancelled")
+    return True
+
+
+def drop_round(turn: Turn, cause: str) -> None:
+    """End the open round without a verdict; its groups are discarded."""
+    state = turn.state
+    state.evaluation.round = None
+    for group in [g for g in state.ledger.groups.values() if g.purpose == "eval"]:
+        state.ledger.discard(group, state.lineage, cause)
+        turn.fact(Discarded(state.lineage, group.id, cause))
+
+
+def close_round(turn: Turn) -> bool:
+    """Every row is judged: record the verdict; a stage's stop rule may hold now."""
+    state, judged, table = turn.state, turn.state.evaluation.round, turn.recipe.evaluation
+    if judged is None or table is None or len(judged.scores) < judged.rows:
+        return False
+    verdict = state.evaluation.close(table.correct_at)
+    turn.progress()
+    turn.fact(Evaluated(verdict.lineage, verdict.version, verdict.n, verdict.correct, verdict.why))
+    turn.effect(
+        RecordEvaluation(
+            {
+                "suite": table.dataset,
+                "lineage": verdict.lineage,
+                "version": verdict.version,
+                "stage": verdict.stage,
+                "why": verdict.why,
+                "n": verdict.n,
+                "correct": verdict.correct,
+                "accuracy": verdict.accuracy,
+                "interval": list(wilson_interval(verdict.correct, verdict.n)),
+                "seconds": state.now - judged.began,
+            }
+        )
+    )
+    rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
+    if verdict.why == "rule" and rule is not None and verdict.accuracy >= rule.accuracy:
+        state.stages.rule_met = True
+    return True
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): lower and upper bound."""
+    share, z2 = correct / n, Z95 * Z95
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    spread = Z95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
+    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
+def _due(turn: Turn) -> Why | None:
+    """Why the run wants a verdict now; None when it doesn't."""
+    state, table = turn.state, turn.recipe.evaluation
+    if table is None or state.stages.name == "over":
+        return None
+    done = state.version - state.stages.began
+    known = state.evaluation.verdict_of(state.lineage, state.version) is not None
+    if state.stages.name == "sft":
+        rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
+        due = rule is not None and not state.stages.rule_met and done > 0 and done % rule.every == 0
+        return "rule" if due and not known else None
+    if state.stages.name == "closing":
+        return None if known else "last"
+    if done == 0:
+        return None if known else "first"
+    judged = [v.version for v in state.evaluation.verdicts if v.lineage == state.lineage]
+    last = max(judged, default=state.stages.began)
+    return "periodic" if state.version - last >= table.every else None

@@ -1,0 +1,142 @@
+"""Weight syncs: build the mesh of a source and its receivers, start a transfer, take its outcome.
+
+A transfer starts only between batches and with no commit on its way, so that the source, which handles its orders in
+sequence, holds exactly the position that it is told to send.
+"""
+
+from __future__ import annotations
+
+from services.controller.core.fleet import Replica
+from services.controller.core.meshes import Mesh
+from services.controller.core.outcome import ForgetMesh, MintMeshId, Synced
+from services.controller.core.rules.judging import gating_round_due
+from services.controller.core.rules.leasing import give_back
+from services.controller.core.state import Turn
+from services.controller.core.weights import Transfer
+from shared.messages import MeshMember, Position, RevokeMesh
+
+
+def sync_weights(turn: Turn) -> bool:
+    """Start the transfer that is due, or the mesh that it needs."""
+    state = turn.state
+    if state.weights.transfer is not None or state.stages.outcome or not _at_rest(turn):
+        return False
+    if state.stages.name == "sft" and not gating_round_due(turn):
+        return False  # nobody samples while worked answers are learnt: engines need weights only to be judged
+    source = next((r for r in state.fleet.ready("policy") if r.position == state.lineages.committed), None)
+    wanted = _wanted(turn)
+    judged = state.evaluation.round
+    if source is None or not wanted or (judged is not None and judged.version != state.version):
+        return False
+    mesh = state.meshes.of("weights")
+    members = [_member(replica) for replica in (source, *wanted)]
+    if mesh is not None and mesh.state != "formed":
+        return False
+    if mesh is not None and mesh.members == members:
+        _start(turn, mesh, source, wanted)
+        return True
+    if mesh is not None:
+        revoke_mesh(turn, mesh.epoch, "membership changed", failed=False)
+    if state.now < state.meshes.not_before:
+        return False
+    begun = state.meshes.begin("weights", turn.recipe.weights.backend, members, state.now + turn.recipe.timeouts.mesh_s)
+    turn.effect(MintMeshId(begun.epoch, begun.backend))
+    return True
+
+
+def revoke_mesh(turn: Turn, epoch: int, cause: str, *, failed: bool) -> None:
+    """End a mesh for all its members, and the transfer on it; receivers that are loaded stay so."""
+    state = turn.state
+    mesh = state.meshes.revoke(epoch, state.now, failed=failed)
+    if mesh is None:
+        return
+    turn.effect(ForgetMesh(epoch))
+    if state.weights.transfer is not None and state.weights.transfer.epoch == epoch:
+        state.weights.transfer = None
+    for member in mesh.members:
+        if state.fleet.is_current(member.replica, member.incarnation):
+            turn.send(state.fleet.replicas[member.replica], RevokeMesh(epoch, cause))
+
+
+def weights_sent(turn: Turn, digest: str, size: int) -> None:
+    """The source told its digest: receivers that have loaded can be compared."""
+    transfer = turn.state.weights.transfer
+    assert transfer is not None
+    transfer.digest, transfer.bytes = digest, size
+    _compare(turn, transfer)
+
+
+def weights_loaded(turn: Turn, replica: str, digest: str) -> None:
+    """A receiver has loaded; it is ready once its digest equals the source's."""
+    transfer = turn.state.weights.transfer
+    assert transfer is not None
+    transfer.loaded[replica] = digest
+    _compare(turn, transfer)
+
+
+def weights_failed(turn: Turn, cause: str) -> None:
+    """A member could not take part: its mesh ends for all, so that nobody sits out a collective's own timeout."""
+    transfer = turn.state.weights.transfer
+    assert transfer is not None
+    revoke_mesh(turn, transfer.epoch, cause, failed=True)
+
+
+def _compare(turn: Turn, transfer: Transfer) -> None:
+    state = turn.state
+    for name, verdict in transfer.verdicts().items():
+        replica = state.fleet.replicas[name]
+        if not replica.live or replica.position == transfer.position:
+            continue
+        if verdict == "different":
+            state.weights.mismatches += 1
+            replica.position = None
+            if replica.state == "ready":
+                state.fleet.move(replica, "stale", state.now)
+            for group in state.ledger.held_by(name):
+                if group.state == "leased":
+                    give_back(turn, group, f"{name} holds weights with a wrong digest")
+            continue
+        replica.position = transfer.position
+        if replica.state == "stale":
+            state.fleet.move(replica, "ready", state.now)
+        turn.progress()
+        turn.fact(Synced(name, transfer.position.lineage, transfer.position.version, transfer.digest or ""))
+    if transfer.over:
+        state.weights.last_seconds = state.now - transfer.began
+        state.weights.last_bytes = transfer.bytes
+        state.weights.transfer = None
+
+
+def _start(turn: Turn, mesh: Mesh, source: Replica, receivers: list[Replica]) -> None:
+    state = turn.state
+    state.weights.transfer = Transfer(
+        epoch=mesh.epoch,
+        position=state.lineages.committed,
+        source=source.name,
+        receivers=[replica.name for replica in receivers],
+        deadline=state.now + turn.recipe.timeouts.transfer_s,
+        began=state.now,
+    )
+
+
+def _at_rest(turn: Turn) -> bool:
+    """Between batches, or in the first step of one before its commit: the policy holds the committed version."""
+    steps = turn.state.steps
+    if steps.step is not None and steps.step.state == "committed":
+        return False
+    return steps.batch is None or steps.batch.index == 0
+
+
+def _wanted(turn: Turn) -> list[Replica]:
+    """Replicas whose engine stands and doesn't hold the committed version."""
+    committed = turn.state.lineages.committed
+    loaded = [r for r in turn.state.fleet.live("rollout") if r.state in ("stale", "ready") and r.confirmed]
+    return [r for r in loaded if not _same_weights(r.position, committed)]
+
+
+def _same_weights(held: Position | None, committed: Position) -> bool:
+    return held is not None and (held.lineage, held.version) == (committed.lineage, committed.version)
+
+
+def _member(replica: Replica) -> MeshMember:
+    return MeshMember(replica.name, replica.incarnation, 0)

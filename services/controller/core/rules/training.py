@@ -1,0 +1,309 @@
+"""Batches and steps: filter, form, assign, commit.
+
+The staleness bound lives here and in `leasing`: a batch that starts from version v must take every live group whose
+oldest token is max_staleness behind v, and waits for those that still run; so the version can rise past them only when
+none is left (the commit rule checks exactly that).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from services.controller.core.advantages import all_equal, group_advantages
+from services.controller.core.events import Spooled
+from services.controller.core.fleet import Replica
+from services.controller.core.ledger import Group
+from services.controller.core.outcome import Aborted, Assigned, Committed, Consumed, Discarded, RecordMetrics, Revised
+from services.controller.core.rules.judging import gating_round_due
+from services.controller.core.state import Turn
+from services.controller.core.steps import Batch, Stage, Step
+from shared.messages import AbortStep, AssignedGroup, MeshMember, TrainStep
+
+NONFINITE_LIMIT = 3
+"""Steps in a row whose gradients are not finite before the run fails: the model is broken, not the batch."""
+
+
+def filter_groups(turn: Turn) -> bool:
+    """Discard reported groups whose rewards are all equal; a deterministic run waits until its wave is complete."""
+    state, train = turn.state, turn.recipe.train
+    if train is None or not train.filter_equal_rewards or state.stages.name != "train":
+        return False
+    if turn.recipe.run.deterministic and (
+        state.ledger.having("leased", "train") or state.ledger.having("queued", "train")
+    ):
+        return False
+    fresh = [group for group in state.ledger.having("reported", "train") if not group.kept]
+    for group in fresh:
+        if all_equal(group.rewards):
+            state.ledger.discard(group, state.lineage, "equal_rewards")
+            turn.fact(Discarded(state.lineage, group.id, "equal_rewards"))
+            state.stages.filtered_in_a_row += 1
+        else:
+            group.kept = True
+            state.stages.filtered_in_a_row = 0
+    if state.stages.filtered_in_a_row >= train.filter_limit * train.batch_size:
+        state.stages.finish(
+            "failed",
+            f"{state.stages.filtered_in_a_row} prompt groups in a row had equal rewards: nothing to learn from. "
+            "The task is too hard or too easy for this model: try a longer [sft], other data, or a higher temperature",
+        )
+    return bool(fresh)
+
+
+def form_batch(turn: Turn) -> bool:
+    """Make the next recorded batch current, or form one of the reported groups."""
+    state = turn.state
+    if state.steps.batch is not None or state.steps.step is not None or state.stages.stopping or state.stages.outcome:
+        return False
+    if state.stages.name not in ("sft", "train") or gating_round_due(turn):
+        return False
+    if state.steps.pending:
+        state.steps.batch = state.steps.pending.pop(0)
+        return True
+    if state.stages.rule_met or turn.trained() >= turn.table.batches * turn.table.batch_size:
+        return False
+    chosen = _choose(turn)
+    if chosen is None:
+        return False
+    for group in chosen:
+        state.ledger.assign(group)
+    ids = [group.id for group in chosen]
+    minibatches, passes = 1, 1
+    if state.stages.name == "train" and turn.recipe.train is not None:
+        minibatches, passes = turn.recipe.train.minibatches, turn.recipe.train.mu
+    size = len(ids) // minibatches
+    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    stage = cast(Stage, state.stages.name)
+    bound = turn.bound if stage == "train" else 0
+    state.steps.batch = Batch(state.version, stage, [list(part) for _ in range(passes) for part in parts], bound)
+    return True
+
+
+def _choose(turn: Turn) -> list[Group] | None:
+    """The groups of the next batch: all that are due, then the oldest; None while they aren't there."""
+    state, size = turn.state, turn.table.batch_size
+    if state.stages.name == "sft":
+        # In the order drawn, so that the composition never depends on who answered first.
+        first = sorted(
+            (g for g in state.ledger.groups.values() if g.purpose == "sft" and g.state != "consumed"), key=_id
+        )[:size]
+        return first if len(first) == size and all(g.state == "reported" for g in first) else None
+    due = state.version - turn.bound
+    reported = [g for g in state.ledger.having("reported", "train") if g.kept or not _filters(turn)]
+    for group in [g for g in reported if g.oldest < due]:
+        _discard_stale(turn, group)
+        reported.remove(group)
+    if any(g.version <= due for g in state.ledger.having("leased", "train")):
+        return None  # this batch is the last that may take them: wait, until their lease deadline at most
+    if len(reported) < size:
+        return None
+    chosen = sorted(reported, key=lambda g: (g.oldest, g.id))[:size]
+    for group in reported:
+        if group.oldest <= due and group not in chosen:
+            _discard_stale(turn, group)
+    return sorted(chosen, key=_id)
+
+
+def begin_step(turn: Turn) -> bool:
+    """Assign the step whose turn it is to the ready policies, with global denominators and the revision in force."""
+    state, batch = turn.state, turn.state.steps.batch
+    if batch is None or state.steps.step is not None or batch.over or state.stages.outcome:
+        return False
+    members = [replica for replica in state.fleet.ready("policy") if replica.position == state.lineages.committed]
+    if not members:
+        return False
+    for changes in state.hyperparameters.advance(state.lineages.committed.step):
+        turn.fact(Revised(state.hyperparameters.revision, state.lineages.committed.step, changes))
+    groups = [turn.group(number) for number in batch.plan[batch.index]]
+    state.steps.begin(
+        Step(
+            step=state.lineages.committed.step,
+            attempt=state.steps.next_attempt(),
+            state="computing",
+            members=[MeshMember(replica.name, replica.incarnation, 0) for replica in members],
+            shares=_share(groups, members),
+            tokens=sum(sum(group.lengths) for group in groups),
+            sequences=sum(len(group.lengths) for group in groups),
+            revision=state.hyperparameters.revision,
+            deadline=state.now + turn.recipe.timeouts.step_s,
+            began=state.now,
+        )
+    )
+    for replica in members:
+        message, payload = train_step(turn, replica.name)
+        step = message.step
+        turn.fact(Assigned(state.lineage, step, message.attempt, state.version, replica.name, message, payload))
+    return True
+
+
+def train_step(turn: Turn, replica: str) -> tuple[TrainStep, list[Spooled]]:
+    """The order for one member of the step in hand, and where its payload lies."""
+    state, batch, step = turn.state, turn.state.steps.batch, turn.state.steps.step
+    assert batch is not None and step is not None
+    kind = turn.recipe.train.advantage if turn.recipe.train is not None else "group_norm"
+    groups, payload = [], []
+    for group in (turn.group(number) for number in step.shares[replica]):
+        advantages = group_advantages(group.rewards, kind) if group.purpose == "train" else [1.0] * len(group.lengths)
+        groups.append(
+            AssignedGroup(
+                group.id, group.attempt, group.purpose, group.prompt_length, group.lengths, advantages, group.arrays
+            )
+        )
+        if group.spooled is not None:
+            payload.append(group.spooled)
+    message = TrainStep(
+        step=step.step,
+        attempt=step.attempt,
+        stage=batch.stage,
+        position=state.lineages.committed,
+        index=batch.index,
+        steps_in_batch=len(batch.plan),
+        members=step.members,
+        mesh=step.mesh,
+        groups=groups,
+        tokens=step.tokens,
+        sequences=step.sequences,
+        revision=step.revision,
+        hyperparameters=dict(state.hyperparameters.values),
+    )
+    return message, payload
+
+
+def reject_step(turn: Turn) -> None:
+    """A member's gradients are not finite: the step's groups end, the batch goes on without them."""
+    state, batch = turn.state, turn.state.steps.batch
+    assert batch is not None
+    groups = list(batch.plan[batch.index])
+    abort_step(turn, "gradients not finite")
+    for number in batch.strike(groups):
+        group = turn.group(number)
+        state.ledger.discard(group, state.lineage, "nonfinite")
+        turn.fact(Discarded(state.lineage, number, "nonfinite"))
+    state.steps.nonfinite += 1
+    if state.steps.nonfinite >= NONFINITE_LIMIT:
+        state.stages.finish(
+            "failed",
+            f"{NONFINITE_LIMIT} steps in a row had gradients not finite, at step {state.lineages.committed.step}: "
+            "lower the learning rate, check the rewards and the data, and resume from the last checkpoint",
+        )
+    elif not batch.plan:
+        state.steps.batch = None
+    elif batch.over:
+        state.lineages.end_batch()
+        _finish_batch(turn, batch)
+
+
+def abort_step(turn: Turn, cause: str) -> None:
+    """Take the attempt in hand back from its members; it will be assigned anew."""
+    step = turn.state.steps.abort()
+    if step is None:
+        return
+    turn.fact(Aborted(turn.state.lineage, step.step, step.attempt, cause))
+    for name in step.shares:
+        replica = turn.state.fleet.replicas[name]
+        if replica.live:
+            turn.send(replica, AbortStep(step.step, step.attempt, turn.state.lineage, cause))
+
+
+def commit_step(turn: Turn) -> bool:
+    """Commit when all have voted yes and the new version would leave no live token behind the bound."""
+    state, batch, step = turn.state, turn.state.steps.batch, turn.state.steps.step
+    if batch is None or step is None or step.state != "computing" or not all(step.votes.get(n) for n in step.shares):
+        return False
+    last = batch.index + 1 == len(batch.plan)
+    if last and batch.stage == "train" and _too_old(turn, state.version + 1 - batch.bound):
+        return False
+    state.steps.commit()
+    turn.fact(Committed(state.lineage, step.step, step.attempt, state.version))
+    turn.progress()
+    turn.effect(RecordMetrics(_metrics(turn, batch, step)))
+    state.last_commit = state.now
+    state.lineages.commit(last)
+    if last:
+        _finish_batch(turn, batch)
+    return True
+
+
+def close_step(turn: Turn) -> bool:
+    """Every member that is left has applied the step: it is over."""
+    step = turn.state.steps.step
+    if step is None or step.state != "committed" or not set(step.applied) >= set(step.shares):
+        return False
+    turn.state.steps.step = None
+    return True
+
+
+def _finish_batch(turn: Turn, batch: Batch) -> None:
+    state = turn.state
+    groups = [turn.group(number) for number in batch.groups]
+    staleness = max((batch.version - group.oldest for group in groups), default=0) if batch.stage == "train" else 0
+    for group in groups:
+        state.ledger.consume(group, state.lineage)
+    turn.fact(Consumed(state.lineage, batch.version, batch.groups, staleness, batch.bound))
+    state.steps.unsettled.append(batch)
+    state.steps.batch = None
+
+
+def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
+    """One line of metrics.jsonl; a policy's own metrics are averaged over the members."""
+    state = turn.state
+    groups = [turn.group(number) for share in step.shares.values() for number in share]
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [length for group in groups for length in group.lengths]
+    elapsed = max(state.now - (state.last_commit or step.began), 1e-9)
+    line: dict[str, object] = {
+        "time": state.now,
+        "lineage": state.lineage,
+        "step": step.step,
+        "version": batch.version,
+        "stage": batch.stage,
+        "batches": turn.table.batches,
+        "batch": batch.version - state.stages.began + 1,
+        "revision": step.revision,
+        "reward": sum(rewards) / len(rewards),
+        "response_length": sum(lengths) / len(lengths),
+        "truncated": sum(group.truncated for group in groups) / len(lengths),
+        "tokens": step.tokens,
+        "samples_per_s": step.sequences / elapsed,
+        "step_seconds": state.now - step.began,
+        "sync_seconds": state.weights.last_seconds,
+    }
+    if batch.stage == "train":
+        stale = [batch.version - group.oldest for group in groups]
+        line |= {"staleness_max": max(stale), "staleness_mean": sum(stale) / len(stale)}
+        for part in groups[0].parts:
+            values = [value for group in groups for value in group.parts.get(part, [])]
+            line[f"reward/{part}"] = sum(values) / max(len(values), 1)
+    for name in sorted({name for metrics in step.metrics.values() for name in metrics}):
+        values = [metrics[name] for metrics in step.metrics.values() if name in metrics]
+        line[name] = sum(values) / len(values)
+    return line
+
+
+def _share(groups: list[Group], members: list[Replica]) -> dict[str, list[int]]:
+    """Split a step's groups over its members so that tokens balance: the largest first, each to the lightest."""
+    shares: dict[str, list[int]] = {replica.name: [] for replica in members}
+    load = dict.fromkeys(shares, 0)
+    for group in sorted(groups, key=lambda g: (-sum(g.lengths), g.id)):
+        lightest = min(load, key=lambda name: (load[name], name))
+        shares[lightest].append(group.id)
+        load[lightest] += len(group.lengths) * group.prompt_length + sum(group.lengths)
+    return {name: sorted(numbers) for name, numbers in shares.items()}
+
+
+def _too_old(turn: Turn, least: int) -> bool:
+    live = [*turn.state.ledger.having("leased", "train"), *turn.state.ledger.having("reported", "train")]
+    return any(group.sampled_at < least for group in live)
+
+
+def _filters(turn: Turn) -> bool:
+    return turn.recipe.train is not None and turn.recipe.train.filter_equal_rewards
+
+
+def _discard_stale(turn: Turn, group: Group) -> None:
+    turn.state.ledger.discard(group, turn.state.lineage, "stale")
+    turn.fact(Discarded(turn.state.lineage, group.id, "stale"))
+
+
+def _id(group: Group) -> int:
+    return group.id

@@ -1,0 +1,279 @@
+"""The schema of a recipe: every key that a run understands, with its type, range, default and meaning.
+
+A field marked `Live` may be changed while the run goes on (`SetHyperparameters`); all others are fixed at the start.
+Durations end in `_s` and are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+
+LIVE: JsonDict = {"live": True}
+
+
+class Table(BaseModel):
+    """A strict table: unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RunTable(Table):
+    """[run]: the run as a whole."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9._-]*$", description="prefix of the run's id")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    deterministic: bool = Field(
+        False, description="equal bits on CPU in two runs; wants max_staleness 0, one replica a role"
+    )
+    folder: str = Field("runs", description="where run folders are made")
+
+
+class BuildTable(Table):
+    """[model.build]: a small model built from the seed, with a character tokenizer; needs no download."""
+
+    family: Literal["qwen2", "qwen3", "qwen3_moe", "llama"] = "qwen3"
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 384
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    head_dim: Positive = 32
+    experts: Positive = 4
+    experts_per_token: Positive = 2
+    context: Positive = 512
+    tie_embeddings: bool = True
+
+
+class ModelTable(Table):
+    """[model]: a Hugging Face folder or name, or a model to build."""
+
+    path: str | None = Field(None, description="local folder or hub name of a Hugging Face causal LM")
+    build: BuildTable | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you trust it")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.build is None):
+            raise ValueError("give exactly one of model.path and [model.build]")
+        return self
+
+
+class DataTable(Table):
+    """[data.NAME]: rows to ask. `kind` chooses the source, the other keys belong to it."""
+
+    kind: Literal["reasoning_gym", "jsonl", "parquet", "huggingface"]
+    task: str | None = Field(None, description="reasoning_gym: the task's name")
+    size: Positive = Field(1000, description="reasoning_gym: number of rows")
+    seed: int = Field(0, ge=0, description="reasoning_gym: seed of the rows")
+    options: dict[str, bool | int | float | str | list[int] | list[float] | list[str]] = Field(
+        default_factory=dict, description="reasoning_gym: the task's own settings"
+    )
+    path: str | None = Field(None, description="jsonl, parquet: the file; huggingface: the data set's name")
+    split: str = Field("train", description="huggingface: the split")
+    prompt: str = Field("prompt", description="column with the question (text) or the chat messages (list)")
+    answer: str = Field("answer", description="column with the reference answer")
+    response: str = Field("response", description="column with the worked answer that SFT learns")
+    system: str | None = Field(None, description="system message put before each prompt")
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Self:
+        if self.kind == "reasoning_gym" and not self.task:
+            raise ValueError('kind "reasoning_gym" wants `task`')
+        if self.kind != "reasoning_gym" and not self.path:
+            raise ValueError(f'kind "{self.kind}" wants `path`')
+        return self
+
+
+class OptimizerTable(Table):
+    """What both kinds of training share: AdamW with warm-up to a constant rate."""
+
+    dataset: str = Field(description="name of a [data.NAME] table")
+    batches: Positive = Field(description="batches to train; each makes one new weight version")
+    batch_size: Positive = Field(description="prompt groups in a batch, over all replicas")
+    lr: float = Field(gt=0, le=1, json_schema_extra=LIVE, description="AdamW learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, le=1, json_schema_extra=LIVE)
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    grad_clip: float = Field(1.0, gt=0, json_schema_extra=LIVE, description="largest global gradient norm")
+
+
+class StopTable(Table):
+    """[sft.stop]: end the stage early, when held-out accuracy first reaches a threshold."""
+
+    accuracy: Share
+    every: Positive = Field(10, description="batches between evaluations while the rule is watched")
+
+
+class SftTable(OptimizerTable):
+    """[sft]: supervised fine-tuning on the data set's worked answers, before RL."""
+
+    stop: StopTable | None = None
+
+
+class TrainTable(OptimizerTable):
+    """[train]: reinforcement learning with GRPO and its DAPO and AIPO options."""
+
+    samples: int = Field(8, ge=2, json_schema_extra=LIVE, description="samples drawn for each prompt")
+    mu: Positive = Field(1, description="passes over each batch")
+    minibatches: Positive = Field(1, description="optimizer steps that a pass is split into")
+    clip_low: Share = Field(0.2, json_schema_extra=LIVE, description="ratio is clipped below 1 - clip_low")
+    clip_high: float = Field(0.28, ge=0, json_schema_extra=LIVE, description="ratio is clipped above 1 + clip_high")
+    kl_weight: float = Field(0.0, ge=0, json_schema_extra=LIVE, description="weight of KL to the stage's first weights")
+    is_cap: float = Field(2.0, gt=0, json_schema_extra=LIVE, description="cap of the trainer/engine importance weight")
+    advantage: Literal["group_norm", "unbiased"] = Field(
+        "group_norm", description="(r - mean) / (std + eps), or without the std (Dr.GRPO)"
+    )
+    reduction: Literal["token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant"] = Field(
+        "token_mean", description="how token losses become one number; denominators are global"
+    )
+    filter_equal_rewards: bool = Field(True, description="replace groups whose rewards are all equal (DAPO)")
+    filter_limit: Positive = Field(
+        50, description="batches' worth of filtered groups in a row after which the run gives up"
+    )
+    max_staleness: int = Field(1, ge=0, le=64, description="trained version - sampled version never exceeds this")
+
+
+class RolloutTable(Table):
+    """[rollout]: who generates, and how."""
+
+    replicas: Positive = 1
+    engine: Literal["transformers"] = "transformers"
+    threads: Positive = Field(1, description="CPU threads of the engine")
+    slots: Positive = Field(64, description="sequences decoded side by side")
+    temperature: float = Field(1.0, gt=0, le=10, json_schema_extra=LIVE)
+    top_p: float = Field(1.0, gt=0, le=1, json_schema_extra=LIVE)
+    top_k: int = Field(0, ge=0, json_schema_extra=LIVE)
+    max_new_tokens: Positive = Field(64, json_schema_extra=LIVE)
+
+
+class PolicyTable(Table):
+    """[policy]: who learns."""
+
+    replicas: Literal[1] = Field(1, description="policy replicas; more than one is not built yet")
+    threads: Positive = Field(1, description="CPU threads of the trainer")
+    micro_batch_tokens: Positive = Field(16384, description="padded tokens in one forward pass")
+
+
+class RewardPart(Table):
+    """[[rewards.parts]]: one part of the reward; the reward is the weighted sum of the parts."""
+
+    kind: Literal["verifier", "exact", "format"]
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
+class RewardsTable(Table):
+    """[rewards]: what a completion is worth, computed in worker processes with limits."""
+
+    parts: list[RewardPart] = Field(default_factory=lambda: [RewardPart(kind="verifier")], min_length=1)
+    workers: Positive = 1
+    timeout_s: Seconds = Field(10.0, description="longest time for one completion")
+    memory_mb: Positive = Field(2048, description="most memory of one worker")
+
+
+class EvaluationTable(Table):
+    """[evaluation]: held-out accuracy, judged greedily on the rollout fleet."""
+
+    dataset: str = Field(description="name of a [data.NAME] table, disjoint from training")
+    problems: Positive = Field(200, description="rows judged in each evaluation")
+    every: Positive = Field(20, description="batches between evaluations in RL; first and last are always judged")
+    correct_at: float = Field(1.0, description="a verifier score of at least this counts as correct")
+    max_new_tokens: Positive = 64
+
+
+class CheckpointTable(Table):
+    """[checkpoint]: when the state is made durable."""
+
+    every: Positive = Field(10, json_schema_extra=LIVE, description="batches between checkpoints")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+    export: bool = Field(True, description="write a Hugging Face copy at the end")
+
+
+class WeightsTable(Table):
+    """[weights]: how weights travel to the engines."""
+
+    backend: Literal["gloo"] = "gloo"
+    interface: str = Field("lo", description="network interface that process groups use")
+    bucket_mb: Positive = Field(64, description="most megabytes in one broadcast")
+
+
+class BusTable(Table):
+    """[bus]: the control plane."""
+
+    bind: str = Field("tcp://127.0.0.1:*", description="controller's address; off loopback is refused without keys")
+    heartbeat_s: Seconds = 1.0
+    lost_after_s: Seconds = Field(10.0, description="silence after which a replica is lost")
+    resend_s: Seconds = Field(1.0, description="an unacknowledged message is sent again after this")
+    window: Positive = Field(256, description="unacknowledged messages a sender may have out")
+    max_message_mb: Positive = Field(256, description="a larger message is refused")
+
+
+class TimeoutsTable(Table):
+    """[timeouts]: every wait has a name and ends."""
+
+    register_s: Seconds = Field(60.0, description="a service waits for the controller's welcome")
+    load_s: Seconds = Field(600.0, description="the controller waits for a model to load")
+    lease_s: Seconds = Field(120.0, description="the controller waits for a leased group")
+    step_s: Seconds = Field(300.0, description="the controller waits for gradients, and for a commit to be applied")
+    checkpoint_s: Seconds = Field(300.0, description="the controller waits for a checkpoint")
+    mesh_s: Seconds = Field(20.0, description="members wait for a process group to form")
+    transfer_s: Seconds = Field(
+        60.0, description="members wait for one operation on a mesh; the controller for a transfer"
+    )
+    rejoin_s: Seconds = Field(30.0, description="a new term waits for the replicas of the old one")
+    stall_s: Seconds = Field(900.0, description="the run fails when nothing at all has happened for so long")
+    exit_s: Seconds = Field(20.0, description="a stopping service has this long before it is killed")
+
+
+class JournalTable(Table):
+    """[journal]: the controller's memory."""
+
+    snapshot_every: Positive = Field(5000, description="events between snapshots")
+    segment_mb: Positive = Field(64, description="size at which journal and spool segments are rolled")
+
+
+class Recipe(Table):
+    """A whole recipe. `[sft]` runs before `[train]`; either may be left out."""
+
+    run: RunTable = Field(default_factory=RunTable)
+    model: ModelTable
+    data: dict[str, DataTable]
+    sft: SftTable | None = None
+    train: TrainTable | None = None
+    policy: PolicyTable = Field(default_factory=PolicyTable)
+    rollout: RolloutTable = Field(default_factory=RolloutTable)
+    rewards: RewardsTable = Field(default_factory=RewardsTable)
+    evaluation: EvaluationTable | None = None
+    checkpoint: CheckpointTable = Field(default_factory=CheckpointTable)
+    weights: WeightsTable = Field(default_factory=WeightsTable)
+    bus: BusTable = Field(default_factory=BusTable)
+    timeouts: TimeoutsTable = Field(default_factory=TimeoutsTable)
+    journal: JournalTable = Field(default_factory=JournalTable)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.sft is None and self.train is None:
+            raise ValueError("nothing to do: give [sft], [train] or both")
+        for name, table in (("sft", self.sft), ("train", self.train), ("evaluation", self.evaluation)):
+            if table is not None and table.dataset not in self.data:
+                known = ", ".join(sorted(self.data)) or "none"
+                raise ValueError(f"{name}.dataset is {table.dataset!r}, but the [data.NAME] tables are: {known}")
+        if self.sft is not None and self.sft.stop is not None and self.evaluation is None:
+            raise ValueError("[sft.stop] judges held-out accuracy: give [evaluation] too")
+        if self.train is not None and self.train.batch_size % self.train.minibatches:
+            raise ValueError("train.batch_size must be a multiple of train.minibatches")
+        if self.run.deterministic:
+            if self.train is not None and self.train.max_staleness != 0:
+                raise ValueError("run.deterministic wants train.max_staleness = 0")
+            if self.rollout.replicas != 1:
+                raise ValueError("run.deterministic wants rollout.replicas = 1")
+        return self
