@@ -112,7 +112,10 @@ class Grant(Part):
 
 
 class AssignedGroup(Part):
-    """A group inside a `TrainStep`; its payload frames follow in the order of `arrays`."""
+    """A group inside a `TrainStep`; its payload frames follow in the order of `arrays`.
+
+    `temperature` is the one that its tokens were sampled with: log-probs are compared under the same distribution.
+    """
 
     group: int
     attempt: int
@@ -120,6 +123,7 @@ class AssignedGroup(Part):
     prompt_length: int
     lengths: list[int]
     advantages: list[float]
+    temperature: float
     arrays: list[ArrayHeader]
 
 
@@ -189,7 +193,7 @@ class HeartbeatReply(Transient):
 
 
 class Ack(Transient):
-    """Either side: every reliable message of this session up to `sequence` has been received (controller: is durable)."""
+    """Either side: every reliable message of this session up to `sequence` has arrived (controller: is durable)."""
 
     sequence: int
 
@@ -229,7 +233,7 @@ class Shutdown(Message):
 
 
 class LoadState(Message):
-    """Controller -> replica: make the model. Answered by `StateLoaded` (or `ReplicaFailed`); a duplicate is answered again.
+    """Controller -> replica: make the model. Answered by `StateLoaded` or `ReplicaFailed`; a duplicate is, again.
 
     `initial`: policy loads the recipe's weights, rollout builds an engine whose weights will come by sync.
     `checkpoint`: policy loads the checkpoint at `path` (model, optimizer, scheduler, RNG) as `position`.
@@ -241,13 +245,13 @@ class LoadState(Message):
 
 
 class StateLoaded(Message):
-    """Replica -> controller: the model stands. A policy holds `position`; a rollout holds nothing until its first sync."""
+    """Replica -> controller: the model stands. A policy holds `position`, a rollout nothing until its first sync."""
 
     position: Position
 
 
 class ReplicaFailed(Message):
-    """Replica -> controller: an error that this replica cannot mend; `fatal` ends the run (bad recipe, bad checkpoint)."""
+    """Replica -> controller: an error that it cannot mend; `fatal` ends the run (bad recipe, bad checkpoint)."""
 
     cause: str
     fatal: bool
@@ -271,7 +275,7 @@ class GroupReport(Message):
     Arrays of a train or sft group: `prompt` int32[prompt_length]; `tokens` int32[sum(lengths)], the samples' response
     tokens one after the other; `logprobs` float32[sum(lengths)] under the sampling distribution; `versions`
     int32[sum(lengths)], the weight version that sampled each token. An eval report carries no arrays.
-    `oldest` and `newest` bound the versions. Acknowledged once spooled and journaled; a duplicate is acknowledged again.
+    `oldest` and `newest` bound the versions. Acknowledged once spooled and journaled; a duplicate too.
     """
 
     group: int
@@ -342,7 +346,7 @@ class GradientsReady(Message):
 
 
 class CommitStep(Message):
-    """Controller -> policy: every member voted yes and the commit is journaled: apply the optimizer. -> `StepApplied`."""
+    """Controller -> policy: all voted yes and the commit is journaled: apply the optimizer. -> `StepApplied`."""
 
     step: int
     attempt: int
@@ -495,7 +499,7 @@ class StatusRequest(Transient):
 
 
 class Status(Transient):
-    """Controller -> person: the run as plain maps, lists and scalars (stage, progress, replicas, evaluations, books)."""
+    """Controller -> person: the run as plain maps, lists and scalars (stage, replicas, evaluations, books)."""
 
     run: dict[str, object]
 
@@ -514,7 +518,7 @@ class SetHyperparameters(Transient):
 
 
 class ReplicaExited(Transient):
-    """Launcher -> controller: the process of this replica ended, so that nobody waits for a heartbeat. -> `Accepted`."""
+    """Launcher -> controller: this replica's process ended, so that nobody waits for heartbeats. -> `Accepted`."""
 
     replica: str
     pid: int

@@ -1,0 +1,25 @@
+"""The control plane: typed messages over ZeroMQ, reliable where it matters. Importable without torch and numpy.
+
+`BusClient` is a rank's end (a thread of its own), `RouterBus` the controller's, `ask` a person's single question.
+"""
+
+from shared.bus.client import BusClient
+from shared.bus.errors import BindRefused, BusClosed, BusError, BusTimeout, Fenced, Refusal, WireFault
+from shared.bus.instructions import Delivery
+from shared.bus.person import ask
+from shared.bus.router import Incoming, RouterBus
+
+__all__ = [
+    "BindRefused",
+    "BusClient",
+    "BusClosed",
+    "BusError",
+    "BusTimeout",
+    "Delivery",
+    "Fenced",
+    "Incoming",
+    "Refusal",
+    "RouterBus",
+    "WireFault",
+    "ask",
+]

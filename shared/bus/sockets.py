@@ -1,0 +1,82 @@
+"""Socket options that both ends of the bus share, and the rule about addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import zmq
+import zmq.asyncio
+
+from shared.bus.errors import BindRefused
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from shared.bus.wire import Frame
+    from shared.config.schema import BusTable
+
+RECONNECT_MS = 100
+RECONNECT_MOST_MS = 2000
+
+
+def configure(socket: zmq.Socket, settings: BusTable) -> None:
+    """Bounded queues and sizes, ZeroMQ's own heartbeats, nothing kept after close."""
+    socket.set(zmq.LINGER, 0)
+    # Two windows: a resent window may follow the one that is still on its way.
+    socket.set(zmq.SNDHWM, 2 * settings.window)
+    socket.set(zmq.RCVHWM, 2 * settings.window)
+    # Per frame, and by cutting the connection: shared.bus.wire refuses the message's total by name before that.
+    socket.set(zmq.MAXMSGSIZE, max_bytes(settings))
+    socket.set(zmq.HEARTBEAT_IVL, max(1, round(1000 * settings.heartbeat_s)))
+    socket.set(zmq.HEARTBEAT_TIMEOUT, max(1, round(1000 * settings.lost_after_s)))
+
+
+def configure_dealer(socket: zmq.Socket, settings: BusTable) -> None:
+    """The connecting side: in addition reconnects, and queues nothing for a controller that is not there."""
+    configure(socket, settings)
+    socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MOST_MS)
+    # Without it, what is repeated to a dead controller piles up and reaches the next one all at once.
+    socket.set(zmq.IMMEDIATE, 1)
+
+
+def configure_router(socket: zmq.Socket, settings: BusTable) -> None:
+    """The binding side: unreachable peers are errors, and a reconnecting peer takes its identity over."""
+    configure(socket, settings)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_HANDOVER, 1)
+
+
+def send_now(socket: zmq.asyncio.Socket, parts: Sequence[Frame]) -> BaseException | None:
+    """Hand `parts` to ZeroMQ without waiting and, where they are large, without copying; returns what went wrong."""
+    sent = cast("asyncio.Future[object]", socket.send_multipart(parts, flags=zmq.DONTWAIT, copy=False))
+    return sent.exception()  # with DONTWAIT the future is done already
+
+
+def max_bytes(settings: BusTable) -> int:
+    """Largest message, all frames together, in bytes."""
+    return settings.max_message_mb << 20
+
+
+def check_bind(address: str) -> None:
+    """BindRefused unless `address` can be reached from this machine (or process) only."""
+    scheme, _, rest = address.partition("://")
+    if scheme in ("inproc", "ipc") and rest:
+        return
+    host = rest.rpartition(":")[0].strip("[]")
+    if scheme == "tcp" and (host == "localhost" or _is_loopback(host)):
+        return
+    raise BindRefused(
+        f"the controller was to listen on {address!r}: expected a loopback address such as tcp://127.0.0.1:* "
+        "(or ipc://, inproc://), because connections carry no keys yet and anyone who reaches the port could steer "
+        "the run; set bus.bind to a loopback address"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name or a wildcard
+        return False

@@ -1,0 +1,57 @@
+"""What a rank says of itself when it registers and in its heartbeats."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.messages import DatasetIdentity, Heartbeat, LeaseRef, Position, Role
+
+
+@dataclass(frozen=True)
+class Passport:
+    """What names this process for as long as it lives."""
+
+    role: Role
+    replica: str
+    rank: int
+    world: int
+    nonce: int
+    pid: int
+    host: str
+    datasets: Sequence[DatasetIdentity] = ()
+
+
+class Standing:
+    """What `Register` and `Heartbeat` say of this process: written by the service's threads, read by the bus thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._position: Position | None = None
+        self._leases: dict[tuple[int, int], LeaseRef] = {}
+        self._state, self._progress = "starting", 0
+
+    def hold(self, position: Position | None) -> None:
+        with self._lock:
+            self._position = position
+
+    def take_lease(self, ref: LeaseRef) -> None:
+        with self._lock:
+            self._leases[ref.group, ref.attempt] = ref
+
+    def drop_lease(self, ref: LeaseRef) -> None:
+        with self._lock:
+            self._leases.pop((ref.group, ref.attempt), None)
+
+    def progress(self, state: str, count: int) -> None:
+        with self._lock:
+            self._state, self._progress = state, count
+
+    def held(self) -> tuple[Position | None, dict[tuple[int, int], LeaseRef]]:
+        with self._lock:
+            return self._position, dict(self._leases)
+
+    def heartbeat(self) -> Heartbeat:
+        with self._lock:
+            return Heartbeat(state=self._state, progress=self._progress)
