@@ -83,6 +83,12 @@ class DataTable(Table):
     answer: str = Field("answer", description="column with the reference answer")
     response: str = Field("response", description="column with the worked answer that SFT learns")
     system: str | None = Field(None, description="system message put before each prompt")
+    part: list[float] = Field(
+        default_factory=lambda: [0.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="keep the rows whose question hashes between these; disjoint parts never share a question",
+    )
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -90,6 +96,8 @@ class DataTable(Table):
             raise ValueError('kind "reasoning_gym" wants `task`')
         if self.kind != "reasoning_gym" and not self.path:
             raise ValueError(f'kind "{self.kind}" wants `path`')
+        if not 0 <= self.part[0] < self.part[1] <= 1:
+            raise ValueError(f"part wants two rising numbers from 0 to 1, such as [0.0, 0.9]; got {self.part}")
         return self
 
 
