@@ -1,0 +1,162 @@
+"""Loads what [model] names: a Hugging Face folder or hub name, or a model built from the seed.
+
+Policies load weights; engines ask for a skeleton, whose weights come by sync. Only safetensors are read: a pickle of
+weights is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils.logging import disable_progress_bar
+
+from shared.config.schema import ModelTable
+from shared.models.build import build_config, build_model
+from shared.models.errors import ModelError
+from shared.models.tokenizer import build_tokenizer
+
+ATTENTION = "sdpa"
+INDEX = "model.safetensors.index.json"
+
+
+def load_tokenizer(model: ModelTable) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model; it has an end token, and a pad token (the end token, if it had none)."""
+    if model.build is not None:
+        return build_tokenizer(model.build.context)
+    path = _checked_path(model, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        # without its files, some families' tokenizers come up empty instead of failing
+        if tokenizer.vocab_size <= len(tokenizer.added_tokens_decoder):
+            raise ValueError(f"a vocabulary of {tokenizer.vocab_size} tokens")
+    except Exception as error:
+        raise ModelError(
+            f"model.path {path!r}: expected a tokenizer beside the model, got {_first_line(error)}; "
+            f"copy tokenizer.json and tokenizer_config.json from where the model came"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model.path {path!r}: expected a tokenizer with an end token, got one without; "
+            f"set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(model: ModelTable) -> PretrainedConfig:
+    """The model's configuration, without its weights."""
+    if model.build is not None:
+        return build_config(model.build, build_tokenizer(model.build.context))
+    path = _checked_path(model, weights=False)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"model.path {path!r}: expected the configuration of a causal LM, got {_first_line(error)}; "
+            f"check config.json; a model with code of its own wants model.trust_remote_code = true"
+        ) from error
+
+
+def load_model(model: ModelTable, seed: int, *, weights: bool) -> PreTrainedModel:
+    """The model on the CPU in `model.dtype`, in evaluation mode, tied weights tied.
+
+    `weights` false gives a skeleton: right names, types and shapes, arbitrary values.
+    """
+    dtype = getattr(torch, model.dtype)
+    config = load_config(model)
+    if model.build is not None:
+        loaded = build_model(config, seed, dtype, ATTENTION)
+    elif weights:
+        loaded = _load_weights(_checked_path(model, weights=True), config, dtype, model.trust_remote_code)
+    else:
+        with no_init_weights():
+            loaded = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model.trust_remote_code
+            )
+        loaded.tie_weights()
+    return loaded.eval()
+
+
+def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    # services write log lines, which a progress bar would tear apart
+    disable_progress_bar()
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(
+            f"model.path {path!r}: expected safetensors weights of a causal LM, got {_first_line(error)}; "
+            f"download the model again, or convert its weights to safetensors"
+        ) from error
+    # transformers fills weights that the files lack with random numbers and only warns
+    for key, problem in (("missing_keys", "without"), ("mismatched_keys", "with another shape of")):
+        if names := sorted(map(str, report[key])):
+            raise ModelError(
+                f"model.path {path!r}: expected a weight for each parameter of {type(loaded).__name__}, got files "
+                f"{problem} {names[0]} (and {len(names) - 1} more); do config.json and the weights belong together?"
+            )
+    return loaded
+
+
+def _checked_path(model: ModelTable, *, weights: bool) -> str:
+    """The folder or hub name, after looking for what an interrupted download or a typing error leaves behind."""
+    assert model.path is not None
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
+            raise ModelError(
+                f"model.path: expected a folder at {folder.absolute()}, found none; mend the path, "
+                f"or give a hub name like Qwen/Qwen3-0.6B, or a [model.build] table"
+            )
+        return model.path
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.path {model.path!r}: expected config.json in the folder, found {_listing(folder)}; "
+            f"give the folder that holds the model's files"
+        )
+    if weights:
+        _check_shards(folder, model.path)
+    return str(folder)
+
+
+def _check_shards(folder: Path, path: str) -> None:
+    if (folder / INDEX).is_file():
+        expected = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        missing = [name for name in expected if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"model.path {path!r}: expected {len(expected)} weight files, {len(missing)} are missing "
+                f"(first: {missing[0]}); the download did not finish: run it again"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model.path {path!r}: expected weights in *.safetensors, found {_listing(folder)}; "
+            f"finish the download, or convert the weights to safetensors (pickled .bin files are not read)"
+        )
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no text').splitlines()[0]}"

@@ -1,0 +1,108 @@
+"""Staged copies of a model's weights, so that a transfer or a checkpoint never sees a step half applied.
+
+A staged copy is one stretch of memory with the tensors as views into it: it travels without further copies. Invariant:
+a manifest lists what a model holds in the model's own order - parameters and persistent buffers, tied ones once - so
+that two models of the same architecture have equal manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from shared.weights.digest import digest_of
+from shared.weights.errors import WeightsError
+
+ALIGNMENT = 64
+"""Bytes that each tensor's start is a multiple of."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor: its first name in the model, torch's name of its type ("bfloat16"), and its shape."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StagedWeights:
+    """A copy that nobody changes: `tensors` are views into `memory` (uint8), `digest` is of their contents."""
+
+    manifest: list[TensorSpec]
+    memory: Tensor
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters and persistent buffers, tied ones under their first name only."""
+    weights: dict[str, Tensor] = {}
+    seen: set[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # tied modules hold one parameter, or views of the same memory
+        place = (tensor.data_ptr() or id(tensor), tensor.element_size(), tuple(tensor.shape), tensor.stride())
+        if place not in seen:
+            seen.add(place)
+            weights[name] = tensor
+    return weights
+
+
+def manifest_of(model: nn.Module) -> list[TensorSpec]:
+    """What a staged copy of `model` would hold."""
+    return [
+        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        for name, tensor in named_weights(model).items()
+    ]
+
+
+def stage(model: nn.Module) -> StagedWeights:
+    """Copy the model's weights as they are now; the trainer may step on as soon as it returns."""
+    manifest = manifest_of(model)
+    memory, tensors = allocate(manifest)
+    load_tensors(tensors, named_weights(model))
+    return StagedWeights(manifest, memory, tensors, digest_of(tensors))
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite the model's weights in place: no reallocation, ties stay tied, every holder sees the new values."""
+    load_tensors(named_weights(model), tensors)
+
+
+def load_tensors(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Copy each source over the target of its name; nothing is written unless all names, types and shapes agree."""
+    for name in targets.keys() | sources.keys():
+        target, source = targets.get(name), sources.get(name)
+        if target is None or source is None or target.dtype != source.dtype or target.shape != source.shape:
+            raise WeightsError(f"weights {name!r}: expected {_described(target)}, got {_described(source)}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(sources[name])
+
+
+def allocate(manifest: Sequence[TensorSpec]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Zeroed memory for the manifest, and the tensors as views into it, in its order."""
+    starts, end = [], 0
+    for spec in manifest:
+        starts.append(end)
+        end += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+    memory = torch.zeros(end, dtype=torch.uint8)
+    tensors = {
+        spec.name: memory[start : start + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+        for spec, start in zip(manifest, starts, strict=True)
+    }
+    return memory, tensors
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
