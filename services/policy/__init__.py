@@ -1,0 +1,1 @@
+"""The policy service: learns from prompt groups, writes checkpoints, publishes weights."""

@@ -1,0 +1,291 @@
+"""Checkpoints: the trainer's whole state in a folder that is whole or not there. Used by the service and by replays.
+
+    checkpoints/<step>/  model.safetensors  optimizer.safetensors  reference.safetensors  random.safetensors
+                         state.json  manifest.json (sha256 and size of every other file, written last)
+
+Invariant: a folder with a number for its name was complete when it got that name; what its manifest does not confirm,
+and what belongs to another model, is refused by name. Tensors are safetensors, the rest JSON: nothing executes on load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.policy.durable import replace_folder, sync_tree
+from services.policy.trainer import Snapshot, Stage, Trainer
+from shared.messages import Position
+from shared.weights import digest_of
+from shared.weights.staging import named_weights
+
+FORMAT = 1
+MODEL, OPTIMIZER, REFERENCE, RANDOM = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "reference.safetensors",
+    "random.safetensors",
+)
+STATE, MANIFEST = "state.json", "manifest.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written or used: what was expected, what is there, what to do."""
+
+    def __init__(self, path: Path, expected: str, got: str, advice: str) -> None:
+        super().__init__(f"checkpoint {path}: expected {expected}, got {got}; {advice}")
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file in the manifest."""
+
+    sha256: str
+    bytes: int
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The scalars of a checkpoint. `digest` is of the model's weights, `reference` where the stage's weights began."""
+
+    format: int
+    run: str
+    recipe: str
+    position: Position
+    stage: Stage | None
+    optimizer_steps: int
+    reference: Position | None
+    digest: str
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save(trainer: Trainer, folder: Path, run: str, recipe: str, keep: int) -> tuple[Path, str]:
+    """Write `folder`/<step> durably, delete what is older than the newest `keep`, return (path, weights digest).
+
+    A complete checkpoint of the same run and position is left as it is. Raises CheckpointError.
+    """
+    if not trainer.between_batches:
+        raise CheckpointError(folder, "weights between two batches", f"step {trainer.position.step} inside one",
+                              "ask again after the batch's last step")  # fmt: skip
+    target = folder / str(trainer.position.step)
+    if target.exists():
+        known = _known(target)
+        if known is not None and (known.run, known.position) == (run, trainer.position):
+            return target, known.digest
+    partial = folder / f".{target.name}.partial-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        partial.mkdir()
+        digest = _write(trainer, partial, _same_reference(trainer, folder), run, recipe)
+        sync_tree(partial)
+        replace_folder(partial, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            target, "a folder that can be written", str(error), "free space or mend the rights"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _prune(folder, trainer.position.step, keep)
+    return target, digest
+
+
+def _write(trainer: Trainer, partial: Path, same_reference: Path | None, run: str, recipe: str) -> str:
+    weights = named_weights(trainer.model)
+    files = {MODEL: weights, RANDOM: _random_state()}
+    if trainer.optimizer is not None:
+        files[OPTIMIZER] = trainer.optimizer.tensors()
+    manifest: dict[str, Entry] = {}
+    if trainer.reference is not None and same_reference is not None:
+        # it never changes within a stage: a second name for the same file costs nothing
+        os.link(same_reference / REFERENCE, partial / REFERENCE)
+        manifest[REFERENCE] = _read_manifest(same_reference)[REFERENCE]
+    elif trainer.reference is not None:
+        files[REFERENCE] = trainer.reference.tensors
+    for name, tensors in files.items():
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / name)
+    digest = digest_of(weights)
+    state = State(
+        format=FORMAT,
+        run=run,
+        recipe=recipe,
+        position=trainer.position,
+        stage=trainer.stage,
+        optimizer_steps=trainer.optimizer.steps if trainer.optimizer is not None else 0,
+        reference=trainer.reference.position if trainer.reference is not None else None,
+        digest=digest,
+    )
+    (partial / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
+    for name in (*files, STATE):
+        manifest[name] = _entry(partial / name)
+    encoded = {name: msgspec.to_builtins(entry) for name, entry in sorted(manifest.items())}
+    (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": encoded}, indent=2))
+    return digest
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _entry(path: Path) -> Entry:
+    with path.open("rb") as file:
+        return Entry(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+def _same_reference(trainer: Trainer, folder: Path) -> Path | None:
+    """A checkpoint beside this one that holds the same reference weights already."""
+    for path in numbered(folder):
+        try:
+            known, size = read_state(path).reference, _read_manifest(path)[REFERENCE].bytes
+            whole = (path / REFERENCE).stat().st_size == size  # its content is checked when it is loaded
+        except (CheckpointError, KeyError, OSError):
+            continue
+        if whole and trainer.reference is not None and known == trainer.reference.position:
+            return path
+    return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _prune(folder: Path, written: int, keep: int) -> None:
+    """Keep the newest `keep` up to `written`; later numbers are of a lineage that was given up.
+
+    The one before the newest always stays: until the controller has heard of the newest, it is what a rollback needs.
+    """
+    older = [path for path in numbered(folder) if int(path.name) < written]
+    later = [path for path in numbered(folder) if int(path.name) > written]
+    for path in [*older[max(1, keep - 1) :], *later]:
+        gone = path.with_name(f".{path.name}.old-{os.getpid()}")
+        os.rename(path, gone)  # a folder that is half deleted must not have a number for its name
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+# --- finding and reading ----------------------------------------------------------------------------------------------
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, highest step first, complete or not."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def newest(folder: Path, at_most: Position | None = None) -> Path | None:
+    """The complete checkpoint with the highest step, None if there is none.
+
+    With `at_most`, only those from which that position can be reached: no later step, no later lineage.
+    """
+    for path in numbered(folder):
+        state = _known(path)
+        if state is None:
+            continue
+        position = state.position
+        if at_most is None or (position.step <= at_most.step and position.lineage <= at_most.lineage):
+            return path
+    return None
+
+
+def verify(path: Path) -> State:
+    """The scalars, once every file was checked against the manifest; CheckpointError for a torn or altered one."""
+    torn = "it is torn: use an older checkpoint, or delete this one"
+    for name, entry in _read_manifest(path).items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(path, f"the file {name}", "none", torn)
+        if file.stat().st_size != entry.bytes:
+            raise CheckpointError(path, f"{name} of {entry.bytes} bytes", f"{file.stat().st_size} bytes", torn)
+        if _entry(file) != entry:
+            raise CheckpointError(path, f"{name} with sha256 {entry.sha256}", "other content", torn)
+    return read_state(path)
+
+
+def read_state(path: Path) -> State:
+    """The scalars of the checkpoint at `path`, without checking its tensors; CheckpointError if they cannot be read."""
+    try:
+        state = msgspec.json.decode((path / STATE).read_bytes(), type=State)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(path, f"a readable {STATE}", str(error), "use another checkpoint") from error
+    if state.format != FORMAT:
+        raise CheckpointError(
+            path, f"format {FORMAT}", f"format {state.format}", "load it with the version that wrote it"
+        )
+    return state
+
+
+def load(trainer: Trainer, path: Path, position: Position) -> None:
+    """Put the checkpoint's state into `trainer`, which holds `position` afterwards; raises CheckpointError.
+
+    `position` may name a later lineage than the checkpoint's: after a rollback a new lineage starts from it.
+    """
+    state = verify(path)
+    if (state.position.version, state.position.step) != (position.version, position.step):
+        raise CheckpointError(
+            path, f"the state of {position}", f"that of {state.position}", "name the checkpoint of that step"
+        )
+    tensors = load_file(path / MODEL)
+    own = named_weights(trainer.model)
+    _refuse_foreign(path, own, tensors)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    reference = None
+    if state.reference is not None:
+        device = next(trainer.model.parameters()).device
+        reference = Snapshot(state.reference, load_file(path / REFERENCE, device=str(device)))
+    optimizer = load_file(path / OPTIMIZER) if state.stage is not None else {}
+    try:
+        trainer.restore(position, state.stage, state.optimizer_steps, optimizer, reference)
+    except KeyError as error:
+        raise CheckpointError(path, f"the optimizer's tensor {error}", "none", "use another checkpoint") from error
+    _restore_random(load_file(path / RANDOM))
+
+
+def _refuse_foreign(path: Path, own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for name in sorted(own.keys() | found.keys()):
+        wanted, got = (_describe(tensors.get(name)) for tensors in (own, found))
+        if wanted != got:
+            raise CheckpointError(path, f"{name}: {wanted}", got, "it is of another model: check [model] in the recipe")
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _restore_random(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
+
+
+def _read_manifest(path: Path) -> dict[str, Entry]:
+    try:
+        content = cast(dict[str, Any], json.loads((path / MANIFEST).read_bytes()))
+        return msgspec.convert(content["files"], dict[str, Entry])
+    except (OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        advice = "it is torn: use an older checkpoint, or delete this one"
+        raise CheckpointError(path, f"a readable {MANIFEST}", f"{type(error).__name__}: {error}", advice) from error
+
+
+def _known(path: Path) -> State | None:
+    """The scalars of a checkpoint that is complete, else None."""
+    try:
+        return verify(path)
+    except CheckpointError:
+        return None

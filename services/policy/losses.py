@@ -1,0 +1,200 @@
+"""Losses as pure functions of tensors: no model, no state, no I/O. Called by the trainer for each micro-batch.
+
+Invariant: every reduction is a sum of per-token weights whose denominators are *global* (counted over all members,
+minibatch by minibatch), so losses, gradients and metrics of micro-batches and replicas add up to those of the whole.
+
+Shapes: T is the number of response tokens in a micro-batch, one after the other; V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Reduction = Literal["token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant"]
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 before exp: far outside any trust band, still finite in float32."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Most logits (tokens x vocabulary) whose softmax exists at one time."""
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] and the entropy, a chunk of rows at a time.
+
+    Saves the logits and one log-sum-exp a token, not the softmax: d logp_t / d logits = (onehot_t - p) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.shape[0]
+        logprobs = torch.empty(total, dtype=dtype, device=logits.device)
+        entropy = torch.empty_like(logprobs)
+        normalisers = torch.empty_like(logprobs)
+        for rows in _chunks(total, logits.shape[1]):
+            scaled = logits[rows].to(dtype) / temperatures[rows, None]
+            normaliser = torch.logsumexp(scaled, dim=-1)
+            chosen = scaled.gather(-1, targets[rows, None]).squeeze(-1)
+            logprobs[rows] = chosen - normaliser
+            # H = log Z - E_p[x]; a logit of -inf has p = 0 and contributes nothing
+            expected = torch.softmax(scaled, dim=-1).mul_(scaled).nan_to_num_(nan=0.0).sum(-1)
+            entropy[rows] = normaliser - expected
+            normalisers[rows] = normaliser
+        ctx.save_for_backward(logits, targets, normalisers, temperatures)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, normalisers, temperatures = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _chunks(logits.shape[0], logits.shape[1]):
+            scaled = logits[rows].to(normalisers.dtype) / temperatures[rows, None]
+            outer = (grad_logprobs[rows] / temperatures[rows])[:, None]
+            part = torch.exp(scaled - normalisers[rows, None]).mul_(-outer)
+            part.scatter_add_(-1, targets[rows, None], outer)
+            gradient[rows] = part.to(gradient.dtype)
+        return gradient, None, None
+
+
+def _chunks(total: int, width: int) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // max(1, width))
+    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution, both [T], in float32 or wider.
+
+    `logits` [T, V], `targets` int64 [T], `temperature` [T] or one for all. The distribution is
+    softmax(logits / temperature), the one that was sampled from. Only the log-probability carries a gradient; the
+    entropy is a metric.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    temperatures = torch.as_tensor(temperature, dtype=dtype, device=logits.device).expand(targets.shape)
+    logprobs, entropy = _TokenLogProbs.apply(logits, targets, temperatures)
+    return logprobs, entropy
+
+
+def token_weights(lengths: Tensor, reduction: Reduction, *, tokens: int, sequences: int, constant: int = 1) -> Tensor:
+    """Weight of every token [T] such that sum(weight * token loss), over all micro-batches, is the reduced loss.
+
+    `lengths` int64 [sequences here]; `tokens` and `sequences` are global counts; L_i is the length of sequence i.
+
+    - token_mean:          1 / tokens                   (DAPO, arXiv 2503.14476, eq. 8)
+    - sequence_sum_mean:   1 / sequences
+    - sequence_mean_mean:  1 / (sequences * L_i)        (GRPO, arXiv 2402.03300, eq. 3)
+    - constant:            1 / (sequences * constant)   (Dr.GRPO, arXiv 2503.20783; constant = longest response)
+    """
+    total = int(lengths.sum())
+    if reduction == "sequence_mean_mean":
+        per_sequence = 1.0 / (max(1, sequences) * lengths.clamp(min=1).to(torch.float64))
+        return torch.repeat_interleave(per_sequence, lengths, output_size=total).to(torch.float32)
+    denominator = {
+        "token_mean": max(1, tokens),
+        "sequence_sum_mean": max(1, sequences),
+        "constant": max(1, sequences) * max(1, constant),
+    }[reduction]
+    return torch.full((total,), 1.0 / denominator, dtype=torch.float32, device=lengths.device)
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """`loss` is to call backward on; `sums` add up over micro-batches and members, of `maxima` the largest counts."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+
+
+def sft_loss(logprobs: Tensor, entropy: Tensor, weights: Tensor, *, tokens: int) -> LossResult:
+    """Negative log-likelihood, sum_t -w_t log p(y_t | y_<t, x), all inputs [T]; w from `token_weights`.
+
+    With token_mean weights it is the mean over all `tokens` response tokens of the whole minibatch.
+    """
+    loss = -(weights * logprobs).sum()
+    sums = {"loss": loss.detach(), "entropy": entropy.detach().sum() / max(1, tokens)}
+    return LossResult(loss, sums, {})
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """Live settings of `grpo_loss`; see the recipe's [train] table."""
+
+    clip_low: float
+    clip_high: float
+    kl_weight: float
+    is_cap: float
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """Unbiased, non-negative estimate of KL(q || p) per token from samples of q: exp(d) - d - 1, d = log p - log q.
+
+    J. Schulman, "Approximating KL divergence" (2020), estimator k3. d is clamped to +-LOG_RATIO_LIMIT.
+    """
+    clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.exp(clamped) - clamped - 1.0
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    engine_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    advantages: Tensor,
+    entropy: Tensor,
+    weights: Tensor,
+    settings: GrpoSettings,
+    *,
+    tokens: int,
+) -> LossResult:
+    """Clipped policy-gradient loss with decoupled importance weights and optional KL; every tensor is [T].
+
+        L = sum_t w_t * ( -c_t * min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_weight * k3_t )
+        r_t  = exp(logp_t - old_t)                          PPO ratio to the weights that the batch started from
+        c_t  = min(exp(old_t - engine_t), is_cap)           detached; what the engine sampled from against `old`
+        k3_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1   KL to the reference, gradient through logp
+
+    Sources: GRPO arXiv 2402.03300; asymmetric clip ("clip-higher") DAPO arXiv 2503.14476; the truncated importance
+    weight is AIPO's, LlamaRL arXiv 2505.24034. `old`, `engine` and `reference` carry no gradient. `reference_logprobs`
+    None leaves the KL term out. `tokens` is the global token count, the denominator of the metrics.
+    """
+    old, engine = old_logprobs.detach(), engine_logprobs.detach()
+    drift = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = torch.exp(drift)
+    clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+
+    mismatch = old - engine
+    importance = torch.exp(mismatch.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    truncated = importance.clamp(max=settings.is_cap)
+    per_token = -truncated * surrogate
+
+    share = 1.0 / max(1, tokens)
+    sums: dict[str, Tensor] = {}
+    if reference_logprobs is not None:
+        kl = k3(reference_logprobs.detach() - logprobs)
+        per_token = per_token + settings.kl_weight * kl
+        sums["kl_reference"] = kl.detach().sum() * share
+    loss = (weights * per_token).sum()
+
+    with torch.no_grad():
+        binds = torch.where(advantages >= 0, ratio > 1.0 + settings.clip_high, ratio < 1.0 - settings.clip_low)
+        sums |= {
+            "loss": loss.detach(),
+            "entropy": entropy.sum() * share,
+            "clip_share": (binds & (advantages != 0)).sum() * share,
+            "kl_old": k3(drift).sum() * share,
+            "mismatch_abs": mismatch.abs().sum() * share,
+            "mismatch_kl": k3(mismatch).sum() * share,
+            "importance_mean": truncated.sum() * share,
+            "importance_truncated": (importance > settings.is_cap).sum() * share,
+        }
+        maxima = {"mismatch_max": mismatch.abs().max()} if mismatch.numel() else {}
+    return LossResult(loss, sums, maxima)

@@ -1,0 +1,114 @@
+"""AdamW with linear warm-up, and the gradients in hand. Owned by the trainer, one for each stage.
+
+Invariant: float32 is what is optimised. A parameter of lower precision has a float32 master copy here, into which
+gradients are accumulated and from which the parameter is rounded after each step; small updates are never lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from shared.config.schema import OptimizerTable
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) over named parameters; weight decay skips biases and norms."""
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], table: OptimizerTable) -> None:
+        self._parameters = {name: p for name, p in parameters if p.requires_grad}
+        self._masters: dict[str, Tensor] = {
+            name: p if p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True).requires_grad_()
+            for name, p in self._parameters.items()
+        }
+        self.steps = 0
+        self._warmup = table.warmup_steps
+        decayed = [m for m in self._masters.values() if m.ndim >= 2]
+        plain = [m for m in self._masters.values() if m.ndim < 2]
+        groups = [
+            {"params": members, "decayed": decays} for members, decays in ((decayed, True), (plain, False)) if members
+        ]
+        self._adam = torch.optim.AdamW(groups, lr=0.0, betas=(table.beta1, table.beta2), weight_decay=0.0)
+
+    def clear(self) -> None:
+        """Drop all gradients, those in hand included."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            self._masters[name].grad = None
+
+    def collect(self) -> None:
+        """Move what backward left on the parameters into the gradients in hand; call after each micro-batch."""
+        for name, parameter in self._parameters.items():
+            master = self._masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(torch.float32)
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """The float32 gradients in hand, one for every parameter in the model's order, zeros where none came.
+
+        Every member of a mesh has the same list, even where (in an MoE) its own tokens never reached some expert.
+        """
+        for master in self._masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self._masters.values() if master.grad is not None]
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients in hand to a global norm of at most `limit`; returns the norm before, NaN and inf too."""
+        gradients = self.gradients()
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        scale = limit / (norm + 1e-6)
+        if scale < 1.0:
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return float(norm)
+
+    def rate(self, lr: float) -> float:
+        """Learning rate of the next step: linear warm-up to the constant `lr`."""
+        return lr * min(1.0, (self.steps + 1) / self._warmup) if self._warmup else lr
+
+    def step(self, lr: float, weight_decay: float) -> float:
+        """Apply the gradients in hand and drop them; returns the learning rate used."""
+        rate = self.rate(lr)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+        self._adam.step()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+        self.steps += 1
+        self.clear()
+        return rate
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside `steps`: "moment/parameter" -> tensor, empty before the first step."""
+        found: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            state = self._adam.state.get(master, {})
+            found |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
+            if master is not self._parameters[name]:
+                found[f"master/{name}"] = master.detach()
+        return found
+
+    def restore(self, steps: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave; KeyError where one is missing."""
+        self.steps = steps
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                with torch.no_grad():
+                    master.copy_(tensors[f"master/{name}"])
+            if steps:
+                # AdamW counts its own steps in a tensor for each parameter
+                state = {moment: tensors[f"{moment}/{name}"].clone() for moment in _MOMENTS}
+                self._adam.state[master] = {"step": torch.tensor(float(steps)), **state}

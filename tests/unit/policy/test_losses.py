@@ -1,0 +1,228 @@
+"""The losses against independent float64 references written as plain loops over tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from services.policy import losses
+from services.policy.losses import GrpoSettings, grpo_loss, sft_loss, token_logprobs, token_weights
+
+REDUCTIONS = ("token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant")
+LENGTHS = [8, 1, 0, 9]
+CONSTANT = 16
+
+
+@dataclass
+class Case:
+    logits: torch.Tensor
+    targets: torch.Tensor
+    old: torch.Tensor
+    engine: torch.Tensor
+    reference: torch.Tensor
+    advantages: torch.Tensor
+
+
+def case(seed: int = 0, vocabulary: int = 11) -> Case:
+    """Log-probabilities spread widely enough that both clips and the cap bind somewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(LENGTHS)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    logits = normal(total, vocabulary) * 2
+    targets = torch.randint(vocabulary, (total,), generator=generator)
+    exact = torch.log_softmax(logits, -1)[torch.arange(total), targets]
+    per_sequence = [1.3, -0.7, 0.4, -1.1]
+    advantages = torch.tensor(
+        [a for a, n in zip(per_sequence, LENGTHS, strict=True) for _ in range(n)], dtype=torch.float64
+    )
+    return Case(
+        logits,
+        targets,
+        exact + normal(total) * 0.7,
+        exact + normal(total) * 0.7,
+        exact + normal(total) * 0.5,
+        advantages,
+    )
+
+
+def weight_by_hand(reduction: str, length: int, tokens: int, sequences: int) -> float:
+    if reduction == "token_mean":
+        return 1 / tokens
+    if reduction == "sequence_sum_mean":
+        return 1 / sequences
+    if reduction == "sequence_mean_mean":
+        return 1 / sequences / length
+    return 1 / sequences / CONSTANT
+
+
+def grpo_by_hand(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[float, list[list[float]]]:
+    """Loss and its gradient with respect to the logits, derived by hand, one token at a time."""
+    tokens, sequences = sum(LENGTHS), len(LENGTHS)
+    loss, gradient, t = 0.0, [], 0
+    for length in LENGTHS:
+        for _ in range(length):
+            row = c.logits[t].tolist()
+            top = max(row)
+            exps = [math.exp(x - top) for x in row]
+            probabilities = [e / sum(exps) for e in exps]
+            target = int(c.targets[t])
+            logp = math.log(probabilities[target])
+            a = float(c.advantages[t])
+            ratio = math.exp(logp - float(c.old[t]))
+            importance = min(math.exp(float(c.old[t]) - float(c.engine[t])), s.is_cap)
+            if a >= 0:
+                bound, binds = 1 + s.clip_high, ratio > 1 + s.clip_high
+            else:
+                bound, binds = 1 - s.clip_low, ratio < 1 - s.clip_low
+            value = -importance * a * (bound if binds else ratio)
+            slope = 0.0 if binds else -importance * a * ratio  # d value / d logp
+            if kl:
+                d = float(c.reference[t]) - logp
+                value += s.kl_weight * (math.exp(d) - d - 1)
+                slope += s.kl_weight * (1 - math.exp(d))
+            w = weight_by_hand(reduction, length, tokens, sequences)
+            loss += w * value
+            gradient.append([w * slope * ((v == target) - p) for v, p in enumerate(probabilities)])
+            t += 1
+    return loss, gradient
+
+
+def grpo(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[losses.LossResult, torch.Tensor]:
+    logits = c.logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(logits, c.targets)
+    weights = token_weights(
+        torch.tensor(LENGTHS), reduction, tokens=sum(LENGTHS), sequences=len(LENGTHS), constant=CONSTANT
+    )
+    result = grpo_loss(
+        logprobs, c.old, c.engine, c.reference if kl else None, c.advantages, entropy, weights, s, tokens=sum(LENGTHS)
+    )
+    result.loss.backward()
+    assert logits.grad is not None
+    return result, logits.grad
+
+
+@pytest.mark.parametrize("kl", [False, True], ids=["no-kl", "kl"])
+@pytest.mark.parametrize("cap", [0.9, 2.0, 100.0])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_grpo_loss_and_gradient_equal_those_derived_by_hand(reduction: str, cap: float, kl: bool) -> None:
+    settings = GrpoSettings(clip_low=0.2, clip_high=0.28, kl_weight=0.3, is_cap=cap)
+    c = case()
+    result, gradient = grpo(c, reduction, settings, kl)
+    loss, by_hand = grpo_by_hand(c, reduction, settings, kl)
+    assert result.loss.item() == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(gradient, torch.tensor(by_hand, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_the_cases_bind_on_both_sides_of_the_clip_and_at_the_cap() -> None:
+    c = case()
+    ratio = torch.exp(torch.log_softmax(c.logits, -1)[torch.arange(len(c.targets)), c.targets] - c.old)
+    assert ((ratio > 1.28) & (c.advantages > 0)).any()
+    assert ((ratio < 0.8) & (c.advantages < 0)).any()
+    assert (torch.exp(c.old - c.engine) > 2).any()
+
+
+def test_grpo_metrics_equal_those_counted_by_hand() -> None:
+    settings = GrpoSettings(clip_low=0.2, clip_high=0.28, kl_weight=0.3, is_cap=2.0)
+    c = case(3)
+    result, _ = grpo(c, "token_mean", settings, True)
+    total = sum(LENGTHS)
+    logp = torch.log_softmax(c.logits, -1)[torch.arange(total), c.targets].tolist()
+    clipped = truncated = 0
+    kl_old = kl_reference = mismatch_kl = mismatch_abs = importance = 0.0
+    biggest = 0.0
+    for t in range(total):
+        ratio, d = math.exp(logp[t] - float(c.old[t])), float(c.old[t] - c.engine[t])
+        clipped += ratio > 1.28 if c.advantages[t] > 0 else ratio < 0.8
+        truncated += math.exp(d) > 2.0
+        importance += min(math.exp(d), 2.0)
+        kl_old += ratio - 1 - math.log(ratio)
+        mismatch_kl += math.exp(d) - 1 - d
+        mismatch_abs += abs(d)
+        biggest = max(biggest, abs(d))
+        back = float(c.reference[t]) - logp[t]
+        kl_reference += math.exp(back) - 1 - back
+    entropy = -(torch.softmax(c.logits, -1) * torch.log_softmax(c.logits, -1)).sum(-1).mean()
+    expected = {
+        "clip_share": clipped, "importance_truncated": truncated, "importance_mean": importance, "kl_old": kl_old,
+        "mismatch_kl": mismatch_kl, "mismatch_abs": mismatch_abs, "kl_reference": kl_reference,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert float(result.sums[name]) == pytest.approx(value / total, abs=1e-6), name
+    assert float(result.sums["entropy"]) == pytest.approx(float(entropy), abs=1e-6)
+    assert float(result.maxima["mismatch_max"]) == pytest.approx(biggest, abs=1e-6)
+
+
+def test_sft_loss_is_the_mean_over_all_tokens_of_the_whole_minibatch() -> None:
+    c = case(1)
+    logits = c.logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(logits, c.targets)
+    tokens = 2 * sum(LENGTHS)  # another micro-batch holds as many again
+    weights = token_weights(torch.tensor(LENGTHS), "token_mean", tokens=tokens, sequences=8)
+    result = sft_loss(logprobs, entropy, weights, tokens=tokens)
+    by_hand = torch.nn.functional.cross_entropy(c.logits, c.targets, reduction="sum") / tokens
+    assert result.loss.item() == pytest.approx(float(by_hand), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("chunk", [1, 30, 1 << 22], ids=["a-row-at-a-time", "some-rows", "all-at-once"])
+def test_log_probs_entropy_and_gradient_equal_log_softmax_in_chunks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, temperature: float
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    c = case(2)
+    mine, plain = c.logits.clone().requires_grad_(), c.logits.clone().requires_grad_()
+    upstream = torch.randn(len(c.targets), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    logprobs, entropy = token_logprobs(mine, c.targets, temperature)
+    logprobs.backward(upstream)
+    full = torch.log_softmax(plain / temperature, -1)
+    expected = full.gather(-1, c.targets[:, None]).squeeze(-1)
+    expected.backward(upstream)
+    torch.testing.assert_close(logprobs, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(mine.grad, plain.grad, atol=1e-12, rtol=0)
+
+
+def test_bfloat16_logits_give_float32_log_probs() -> None:
+    c = case(4)
+    logprobs, _ = token_logprobs(c.logits.to(torch.bfloat16), c.targets)
+    assert logprobs.dtype == torch.float32
+    expected = torch.log_softmax(c.logits.to(torch.bfloat16).double(), -1).gather(-1, c.targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_vanished_probability_keeps_the_entropy_finite() -> None:
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]])
+    logprobs, entropy = token_logprobs(logits, torch.tensor([0]))
+    assert torch.isfinite(logprobs).all() and torch.isfinite(entropy).all()
+
+
+def test_a_huge_ratio_gives_a_finite_loss_and_gradient() -> None:
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    far, zero = torch.tensor([-500.0, -500.0]), torch.zeros(2)
+    settings = GrpoSettings(0.2, 0.28, 0.1, 2.0)
+    result = grpo_loss(logprobs, far, far, far, torch.tensor([-1.0, 1.0]), zero, torch.ones(2), settings, tokens=2)
+    result.loss.backward()
+    assert torch.isfinite(result.loss) and torch.isfinite(logprobs.grad).all()
+
+
+def test_no_tokens_give_a_loss_of_zero() -> None:
+    none = torch.empty(0)
+    result = grpo_loss(
+        none.requires_grad_(), none, none, None, none, none, none, GrpoSettings(0.2, 0.2, 0.0, 2.0), tokens=0
+    )
+    assert result.loss.item() == 0.0
+    assert token_weights(torch.tensor([0]), "token_mean", tokens=0, sequences=1).numel() == 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_of_two_halves_are_those_of_the_whole(reduction: str) -> None:
+    def of(lengths: list[int]) -> torch.Tensor:
+        return token_weights(torch.tensor(lengths), reduction, tokens=18, sequences=4, constant=CONSTANT)
+
+    assert torch.equal(torch.cat([of(LENGTHS[:2]), of(LENGTHS[2:])]), of(LENGTHS))

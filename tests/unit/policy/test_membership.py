@@ -1,0 +1,90 @@
+"""Meshes of one rank: formed on a thread, found by epoch, revoked, never used twice."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from shared.mesh import MeshError
+from shared.messages import FormMesh, MeshFailed, MeshFormed, RevokeMesh
+
+
+def test_forming_again_is_answered_again(pair: Any, tools: Any) -> None:
+    a, _ = pair
+    a.meshes.form(FormMesh(tools.identity(1, "a", "b"), 20.0))
+    assert a.next() == MeshFormed(1)
+
+
+def test_a_rank_that_is_no_member_says_so(tools: Any) -> None:
+    stranger = tools.member("c", tools.rendezvous())
+    stranger.meshes.form(FormMesh(tools.identity(1, "a", "b"), 5.0))
+    answer = stranger.next()
+    assert isinstance(answer, MeshFailed) and "none of the members" in answer.cause
+
+
+def test_a_missing_member_fails_the_forming_within_its_timeout(tools: Any) -> None:
+    lonely = tools.member("a", tools.rendezvous())
+    lonely.meshes.form(FormMesh(tools.identity(1, "a", "b"), 0.2))
+    answer = lonely.next()
+    assert isinstance(answer, MeshFailed) and answer.epoch == 1
+
+
+def test_an_epoch_that_was_revoked_while_forming_is_never_entered(tools: Any) -> None:
+    rendezvous = tools.rendezvous()
+    a, b = tools.member("a", rendezvous), tools.member("b", rendezvous)
+    a.meshes.form(FormMesh(tools.identity(1, "a", "b"), 20.0))
+    a.meshes.revoke(RevokeMesh(1, "b was lost"))
+    b.meshes.form(FormMesh(tools.identity(1, "a", "b"), 20.0))
+    assert b.next() == MeshFormed(1)
+    with pytest.raises(MeshError, match="b was lost"):
+        a.meshes.get(1)
+    a.meshes.form(FormMesh(tools.identity(1, "a", "b"), 20.0))
+    answer = a.next()
+    assert isinstance(answer, MeshFailed) and "b was lost" in answer.cause
+
+
+def test_a_revoke_frees_whoever_waits_in_an_operation(pair: Any) -> None:
+    a, _ = pair
+    caught: list[MeshError] = []
+    mesh = a.meshes.get(1)
+    entered = threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        try:
+            mesh.recv(torch.zeros(4), 1)
+        except MeshError as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    entered.wait(5)
+    a.meshes.revoke(RevokeMesh(1, "b was lost"))
+    waiting.join(5)
+    assert not waiting.is_alive() and caught
+    assert a.sent.empty()  # the controller revoked it: it needs no telling
+
+
+def test_an_error_in_use_ends_the_epoch_and_is_told_once(pair: Any) -> None:
+    a, _ = pair
+
+    def use() -> None:
+        with a.meshes.using(1) as mesh:
+            mesh.abort("cable cut")
+            mesh.all_reduce(torch.ones(2))
+
+    with pytest.raises(MeshError):
+        use()
+    answer = a.next()
+    assert isinstance(answer, MeshFailed) and "cable cut" in answer.cause
+    with pytest.raises(MeshError, match="new epoch"):
+        use()
+    assert a.sent.empty()
+
+
+def test_an_unknown_epoch_is_refused_by_name(tools: Any) -> None:
+    with pytest.raises(MeshError, match="no mesh of epoch 7"):
+        tools.member("a", tools.rendezvous()).meshes.get(7)
