@@ -133,7 +133,7 @@ def _whole_record(data: bytes, at: int, number: int) -> bytes | None:
 
 def _any_record_after(data: bytes, start: int, number: int) -> bool:
     """Whether a later whole record follows a bad one; a torn tail has none."""
-    numbers = range(number, number + 3)
+    numbers = range(number, number + (len(data) - start) // HEADER.size)
     at = start
     while at + HEADER.size <= len(data):
         found = int.from_bytes(data[at + 8 : at + 16], "little")

@@ -11,7 +11,8 @@ import uvloop
 from services.controller.disk import FolderDisk
 from services.controller.journal import Journal
 from services.controller.outputs import Outputs
-from services.controller.server import Controller, DriftedJournal, open_run
+from services.controller.recovery import DriftedJournal, open_run
+from services.controller.server import Controller
 from services.controller.spool import Spool
 from shared.bus import BindRefused, RouterBus
 from shared.records import JOURNAL, SPOOL, JournalDamaged

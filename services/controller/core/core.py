@@ -50,6 +50,7 @@ from shared.messages import (
 )
 
 RULES = (
+    training.close_step,
     saving.stop_run,
     saving.turn_stage,
     saving.save_regularly,
@@ -58,7 +59,6 @@ RULES = (
     judging.cancel_round,
     judging.close_round,
     judging.open_round,
-    training.close_step,
     training.commit_step,
     training.filter_groups,
     training.form_batch,
@@ -67,7 +67,8 @@ RULES = (
     leasing.lease_groups,
     saving.end_run,
 )
-"""What may begin, in order of precedence: a sync is ordered before the step that would change what it sends."""
+"""What may begin, in order of precedence: a checkpoint and a sync are ordered before the step that would change what
+they take."""
 
 MOST_PASSES = 1000
 """A rule set that never comes to rest is a bug; better a crash with a name than a silent loop."""
@@ -149,6 +150,8 @@ def _begin_term(turn: Turn, term: int) -> None:
     state = turn.state
     state.term = term
     state.sent = {}
+    if state.stages.outcome:  # resumed after its end: what it had given up on is tried as often again
+        state.stages.filtered_in_a_row, state.steps.nonfinite, state.lineages.failures = 0, 0, 0
     state.stages.reopen()
     turn.progress()
     for replica in state.fleet.live():
@@ -177,7 +180,7 @@ def _register(turn: Turn, register: Register) -> None:
     else:
         replica = state.fleet.next_rank_of(register)
         if replica is not None:
-            replica.nonces[register.rank], replica.pids[register.rank] = register.nonce, register.pid
+            state.fleet.add_rank(replica, register)
         else:
             before = state.fleet.replicas.get(register.replica)
             if before is not None and before.live:
@@ -260,7 +263,7 @@ def _take_report(turn: Turn, report: GroupReport, spooled: Spooled | None) -> No
     if group.purpose == "eval" and judged is not None and not report.oldest == report.newest == judged.version:
         leasing.give_back(turn, group, f"judged with versions {report.oldest}..{report.newest}, not {judged.version}")
         return
-    state.ledger.report(group, report, spooled, state.now)
+    state.ledger.report(group, report, spooled)
     turn.fact(Reported(group.id, group.attempt, group.oldest, group.newest))
     if group.purpose == "eval" and judged is not None:
         judged.scores[group.row] = report.rewards[0]

@@ -19,9 +19,8 @@ def next_deadline(state: State, recipe: Recipe) -> float:
 
 def _moments(state: State, recipe: Recipe) -> Iterator[float]:
     yield state.progressed + recipe.timeouts.stall_s
-    for group in state.ledger.groups.values():
-        if group.state == "leased":
-            yield group.deadline
+    for group in state.ledger.having("leased"):
+        yield group.deadline
     for replica in state.fleet.live():
         if replica.deadline is not None:
             yield replica.deadline
@@ -43,8 +42,8 @@ def _moments(state: State, recipe: Recipe) -> Iterator[float]:
 def expire(turn: Turn) -> None:
     """Act on everything that has run out by now."""
     state, now = turn.state, turn.state.now
-    for group in list(state.ledger.groups.values()):
-        if group.state == "leased" and group.deadline <= now:
+    for group in state.ledger.having("leased"):
+        if group.state == "leased" and group.deadline <= now:  # an earlier one may have taken its wave back with it
             give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
     for replica in state.fleet.live():
         if replica.deadline is not None and replica.deadline <= now:

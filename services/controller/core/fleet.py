@@ -21,6 +21,8 @@ import msgspec
 from shared.messages import DatasetIdentity, Position, Register, Role
 
 ReplicaState = Literal["joining", "loading", "stale", "ready", "draining", "left", "lost"]
+PROCESSES_KEPT = 64
+"""Former processes of a rank that are remembered as such."""
 LIVE: tuple[ReplicaState, ...] = ("joining", "loading", "stale", "ready", "draining")
 
 
@@ -47,10 +49,14 @@ class Replica(msgspec.Struct):
 
 
 class Fleet(msgspec.Struct):
-    """Every replica that the run has seen, by name, in its latest incarnation; and the data sets they agreed on."""
+    """Every replica that the run has seen, by name, in its latest incarnation; and the data sets they agreed on.
+
+    `processes` are the last nonces of each rank, the newest one last: an older process never takes its name back.
+    """
 
     replicas: dict[str, Replica] = {}
     datasets: dict[str, DatasetIdentity] = {}
+    processes: dict[str, list[int]] = {}
 
     def live(self, role: Role | None = None) -> list[Replica]:
         """The live replicas (of a role), by name."""
@@ -73,6 +79,11 @@ class Fleet(msgspec.Struct):
             if known is not None and known != seen:
                 return known, seen
         return None
+
+    def superseded(self, register: Register) -> bool:
+        """Whether a newer process has taken this rank's name."""
+        known = self.processes.get(f"{register.replica}/{register.rank}", [])
+        return register.nonce in known[:-1]
 
     def same_process(self, register: Register) -> Replica | None:
         """The live replica that this registration continues: same name, same process for this rank."""
@@ -103,9 +114,22 @@ class Fleet(msgspec.Struct):
             since=at,
         )
         self.replicas[replica.name] = replica
+        self._note_process(register)
         for seen in register.datasets:
             self.datasets.setdefault(seen.name, seen)
         return replica
+
+    def add_rank(self, replica: Replica, register: Register) -> None:
+        """A further rank of a joining replica is there."""
+        replica.nonces[register.rank], replica.pids[register.rank] = register.nonce, register.pid
+        self._note_process(register)
+
+    def _note_process(self, register: Register) -> None:
+        """This process is the rank now."""
+        known = self.processes.setdefault(f"{register.replica}/{register.rank}", [])
+        if register.nonce not in known:
+            known.append(register.nonce)
+        del known[:-PROCESSES_KEPT]
 
     def move(self, replica: Replica, state: ReplicaState, at: float) -> None:
         """Change a live replica's state; the waits of the old state end."""

@@ -23,9 +23,10 @@ from typing import Literal
 import msgspec
 
 from services.controller.core.events import Spooled
-from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Purpose
+from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Purpose, Sampling
 
 GroupState = Literal["queued", "leased", "reported", "assigned", "consumed"]
+PURPOSES: tuple[Purpose, ...] = ("sft", "train", "eval")
 
 
 class Group(msgspec.Struct):
@@ -42,6 +43,7 @@ class Group(msgspec.Struct):
     row: int
     seed: int
     samples: int
+    sampling: Sampling
     state: GroupState = "queued"
     attempt: int = 0
     wave: int = 0
@@ -79,57 +81,93 @@ class Book(msgspec.Struct):
 
 
 class Ledger(msgspec.Struct):
-    """Every open or unsettled group by id, and the books of each lineage."""
+    """Every open or unsettled group by id, and the books of each lineage.
+
+    `shelves` index the groups by state and purpose, `lessees` the leased ones by replica, so that no event has to look
+    at every group. `rewards` are sum and count over the samples reported since the last committed step.
+    """
 
     seed: int
     groups: dict[int, Group] = {}
+    shelves: dict[str, dict[int, None]] = {}
+    lessees: dict[str, dict[int, None]] = {}
     next_id: int = 1
     drawn: dict[str, int] = {}
     books: dict[int, Book] = {}
     wave: int = 0
-    last_report: float = 0.0
+    rewards: list[float] = msgspec.field(default_factory=lambda: [0.0, 0.0])
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def having(self, state: GroupState, purpose: Purpose | None = None) -> list[Group]:
         """Groups in a state (of a purpose), by id."""
-        return [g for g in self.groups.values() if g.state == state and (purpose is None or g.purpose == purpose)]
+        purposes = PURPOSES if purpose is None else (purpose,)
+        numbers = [number for each in purposes for number in self.shelves.get(f"{state} {each}", ())]
+        return [self.groups[number] for number in sorted(numbers)]
+
+    def count(self, state: GroupState, purpose: Purpose) -> int:
+        """How many groups of a purpose are in a state."""
+        return len(self.shelves.get(f"{state} {purpose}", ()))
 
     def held_by(self, replica: str) -> list[Group]:
         """What a replica has leased, by id."""
-        return [g for g in self.groups.values() if g.state == "leased" and g.replica == replica]
+        return [self.groups[number] for number in sorted(self.lessees.get(replica, ()))]
 
     def accepted_and_running(self, purpose: Purpose) -> int:
         """Groups of a purpose that hold a slot and aren't consumed yet."""
-        return sum(g.purpose == purpose and g.state != "consumed" for g in self.groups.values())
+        return sum(self.count(state, purpose) for state in ("queued", "leased", "reported", "assigned"))
 
     # -- moving -------------------------------------------------------------------------------------------------------
 
     def draw(
-        self, lineage: int, purpose: Purpose, dataset: DatasetIdentity, epoch: int, row: int, samples: int
+        self,
+        lineage: int,
+        purpose: Purpose,
+        dataset: DatasetIdentity,
+        epoch: int,
+        row: int,
+        samples: int,
+        sampling: Sampling,
+        revision: int,
     ) -> Group:
-        """Issue a new group for a row; its sampling seed follows from the run's seed and its id."""
+        """Issue a new group for a row; its sampling seed follows from the run's seed and its id.
+
+        How it is sampled, and under which revision, is fixed here: every attempt at a group is alike.
+        """
         key = f"{self.seed}/{self.next_id}".encode()
         seed = int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1
-        group = Group(self.next_id, purpose, dataset.name, dataset.fingerprint, epoch, row, seed, samples)
+        group = Group(
+            id=self.next_id,
+            purpose=purpose,
+            dataset=dataset.name,
+            fingerprint=dataset.fingerprint,
+            epoch=epoch,
+            row=row,
+            seed=seed,
+            samples=samples,
+            sampling=sampling,
+            revision=revision,
+        )
         self.next_id += 1
         self.groups[group.id] = group
+        self._shelf(group)[group.id] = None
         self.book(lineage).issued += 1
         return group
 
-    def lease(
-        self, group: Group, replica: str, incarnation: int, version: int, revision: int, at: float, until: float
-    ) -> None:
+    def lease(self, group: Group, replica: str, incarnation: int, version: int, at: float, until: float) -> None:
         """Give a queued group to a replica: a new attempt."""
         self._expect(group, "queued")
-        group.state, group.attempt = "leased", group.attempt + 1
+        self._move(group, "leased")
+        self.lessees.setdefault(replica, {})[group.id] = None
+        group.attempt += 1
         group.replica, group.incarnation = replica, incarnation
-        group.version, group.revision, group.leased_at, group.deadline = version, revision, at, until
+        group.version, group.leased_at, group.deadline = version, at, until
 
-    def report(self, group: Group, report: GroupReport, spooled: Spooled | None, at: float) -> None:
+    def report(self, group: Group, report: GroupReport, spooled: Spooled | None) -> None:
         """Take the result of the attempt in force."""
         self._expect(group, "leased")
-        group.state, group.deadline = "reported", 0.0
+        self._move(group, "reported")
+        group.deadline = 0.0
         group.rewards, group.parts = report.rewards, report.parts
         group.prompt_length, group.lengths, group.truncated = (
             report.prompt_length,
@@ -138,52 +176,54 @@ class Ledger(msgspec.Struct):
         )
         group.oldest, group.newest, group.seconds = report.oldest, report.newest, report.seconds
         group.arrays, group.spooled = report.arrays, spooled
-        self.last_report = at
+        if group.purpose == "train":
+            self.rewards = [self.rewards[0] + sum(group.rewards), self.rewards[1] + len(group.rewards)]
 
     def requeue(self, group: Group) -> None:
         """Back to the queue; what was sampled so far is dropped, the next lease is a new attempt."""
         self._expect(group, "leased", "reported")
-        group.state, group.replica, group.incarnation, group.deadline = "queued", "", 0, 0.0
+        self._move(group, "queued")
+        group.replica, group.incarnation, group.deadline = "", 0, 0.0
         group.rewards, group.parts, group.lengths, group.arrays = [], {}, [], []
         group.spooled, group.kept = None, False
 
     def assign(self, group: Group) -> None:
         """The group joins a batch."""
         self._expect(group, "reported")
-        group.state = "assigned"
+        self._move(group, "assigned")
 
     def release(self, group: Group) -> None:
         """Its batch was given up before any step committed: the group waits for another."""
         self._expect(group, "assigned")
-        group.state = "reported"
+        self._move(group, "reported")
 
     def consume(self, group: Group, lineage: int) -> None:
         """Its batch committed (or, for an evaluation, it was judged and leaves the ledger)."""
         self.book(lineage).consumed += 1
         if group.purpose == "eval":
             self._expect(group, "reported")
-            del self.groups[group.id]
+            self._remove(group)
             return
         self._expect(group, "assigned")
-        group.state = "consumed"
+        self._move(group, "consumed")
 
     def settle(self, group: Group, lineage: int) -> None:
         """It is inside a durable checkpoint: the ledger forgets it."""
         self._expect(group, "consumed")
         self.book(lineage).settled += 1
-        del self.groups[group.id]
+        self._remove(group)
 
     def discard(self, group: Group, lineage: int, cause: str) -> None:
         """End an unconsumed group and give its slot back."""
         self._expect(group, "queued", "leased", "reported", "assigned")
         self._count_discard(lineage, cause)
-        del self.groups[group.id]
+        self._remove(group)
 
     def carry(self, group: Group, before: int, lineage: int) -> None:
         """A rollback: the group moves to the new lineage's books; a consumed one is assigned again."""
         if group.state == "consumed":
             self.book(before).consumed -= 1
-            group.state = "assigned"
+            self._move(group, "assigned")
         self._count_discard(before, "rollback")
         self.book(lineage).issued += 1
 
@@ -191,9 +231,35 @@ class Ledger(msgspec.Struct):
         """The books of a lineage."""
         return self.books.setdefault(lineage, Book())
 
+    def take_reward(self) -> float | None:
+        """Mean reward of every sample reported since this was last asked, those filtered out since included."""
+        total, count = self.rewards
+        self.rewards = [0.0, 0.0]
+        return total / count if count else None
+
     def first_segment(self) -> int | None:
         """The lowest spool segment that a group still needs; None when none needs any."""
         return min((g.spooled.segment for g in self.groups.values() if g.spooled is not None), default=None)
+
+    def _move(self, group: Group, state: GroupState) -> None:
+        self._unshelve(group)
+        group.state = state
+        self._shelf(group)[group.id] = None
+
+    def _remove(self, group: Group) -> None:
+        self._unshelve(group)
+        del self.groups[group.id]
+
+    def _unshelve(self, group: Group) -> None:
+        del self._shelf(group)[group.id]
+        if group.state == "leased":
+            held = self.lessees[group.replica]
+            del held[group.id]
+            if not held:
+                del self.lessees[group.replica]
+
+    def _shelf(self, group: Group) -> dict[int, None]:
+        return self.shelves.setdefault(f"{group.state} {group.purpose}", {})
 
     def _count_discard(self, lineage: int, cause: str) -> None:
         discarded = self.book(lineage).discarded

@@ -22,7 +22,10 @@ class SavePoint(msgspec.Struct):
 
 
 class Lineages(msgspec.Struct):
-    """Committed and settled positions, the settled checkpoint's path ("": the initial weights), and what is written."""
+    """Committed and settled positions, the settled checkpoint's path ("": the initial weights), and what is written.
+
+    `failed` is the committed position when a checkpoint last failed, `failures` counts those in a row.
+    """
 
     committed: Position
     settled: Position
@@ -30,6 +33,7 @@ class Lineages(msgspec.Struct):
     exported: bool = False
     saving: SavePoint | None = None
     failures: int = 0
+    failed: Position | None = None
 
     def commit(self, last_of_batch: bool) -> Position:
         """One more step; one more version when it ended its batch."""

@@ -44,6 +44,11 @@ def judge_registration(state: State, register: Register) -> Refused | None:
         return Refused(
             "malformed", f"a rank below {register.world}", str(register.rank), "give each rank its own number"
         )
+    if state.fleet.superseded(register):
+        return Refused(
+            "incarnation", f"the newest process of {register.replica}", f"one before it (pid {register.pid})",
+            "this process was replaced: end it",
+        )  # fmt: skip
     if register.role == "policy" and any(r.name != register.replica for r in state.fleet.live("policy")):
         names = ", ".join(r.name for r in state.fleet.live("policy"))
         return Refused("role", "one policy replica", f"{register.replica} beside {names}", "stop the other one first")
@@ -62,7 +67,9 @@ def judge(state: State, name: str, incarnation: int, message: ReplicaMessage) ->
     replica = state.fleet.replicas.get(name)
     if replica is None or not state.fleet.is_current(name, incarnation):
         now = f"incarnation {replica.incarnation} ({replica.state})" if replica else "no such replica"
-        return Refused("incarnation", now, f"incarnation {incarnation}", "register anew")
+        if replica is not None and replica.live:
+            return Refused("incarnation", now, f"incarnation {incarnation}", "this process was replaced: end it")
+        return Refused("unknown_sender", now, f"incarnation {incarnation}", "register again")
     judge_one: Callable[[State, Replica, ReplicaMessage], Verdict] = _JUDGES[type(message)]
     return judge_one(state, replica, message)
 

@@ -12,7 +12,7 @@ from services.controller.core.ledger import Group, Ledger
 from services.controller.core.lineages import Lineages
 from services.controller.core.meshes import Meshes
 from services.controller.core.outcome import AnyFact, Effect, Outcome, Send
-from services.controller.core.stages import Stages
+from services.controller.core.stages import StageName, Stages
 from services.controller.core.steps import Steps
 from services.controller.core.weights import Weights
 from shared.config import Recipe, live_values
@@ -55,7 +55,11 @@ class State(msgspec.Struct):
 
 def initial_state(recipe: Recipe) -> State:
     """The state before the first event."""
-    stages = [name for name in ("sft", "train") if getattr(recipe, name) is not None]
+    stages: list[StageName] = []
+    if recipe.sft is not None:
+        stages.append("sft")
+    if recipe.train is not None:
+        stages.append("train")
     return State(
         ledger=Ledger(seed=recipe.run.seed),
         lineages=Lineages(committed=Position(1, 0, 0), settled=Position(1, 0, 0)),

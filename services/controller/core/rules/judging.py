@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.controller.core.evaluation import Round, Why
 from services.controller.core.outcome import Discarded, Evaluated, Issued, RecordEvaluation
 from services.controller.core.state import Turn
+from shared.messages import Sampling
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -38,8 +39,9 @@ def open_round(turn: Turn) -> bool:
         return False
     rows = min(table.problems, dataset.length)
     state.evaluation.round = Round(state.lineage, version, state.stages.name, why, state.now, rows)
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=table.max_new_tokens)
     for row in range(rows):
-        group = state.ledger.draw(state.lineage, "eval", dataset, 0, row, 1)
+        group = state.ledger.draw(state.lineage, "eval", dataset, 0, row, 1, greedy, state.hyperparameters.revision)
         turn.fact(Issued(state.lineage, group.id, "eval", False))
     return True
 

@@ -107,7 +107,14 @@ def _draw(turn: Turn, purpose: Purpose, samples: int) -> Group | None:
     counter = state.ledger.drawn.get(purpose, 0)
     state.ledger.drawn[purpose] = counter + 1
     epoch, row = permuted_row(counter, dataset.length, turn.recipe.run.seed)
-    group = state.ledger.draw(state.lineage, purpose, dataset, epoch, row, samples)
+    live = state.hyperparameters
+    sampling = Sampling(
+        temperature=1.0 if purpose == "sft" else live.number("rollout.temperature"),
+        top_p=live.number("rollout.top_p"),
+        top_k=live.whole("rollout.top_k"),
+        max_new_tokens=live.whole("rollout.max_new_tokens"),
+    )
+    group = state.ledger.draw(state.lineage, purpose, dataset, epoch, row, samples, sampling, live.revision)
     turn.fact(Issued(state.lineage, group.id, purpose, False))
     return group
 
@@ -116,24 +123,13 @@ def _lease(turn: Turn, group: Group, replica: Replica) -> None:
     state = turn.state
     version = replica.position.version if replica.position is not None else state.version
     until = state.now + turn.recipe.timeouts.lease_s
-    revision = state.hyperparameters.revision
-    state.ledger.lease(group, replica.name, replica.incarnation, version, revision, state.now, until)
+    state.ledger.lease(group, replica.name, replica.incarnation, version, state.now, until)
     group.wave = state.ledger.wave
-    turn.fact(Leased(group.id, group.attempt, replica.name, replica.incarnation, version, revision))
+    turn.fact(Leased(group.id, group.attempt, replica.name, replica.incarnation, version, group.revision))
 
 
 def grant(turn: Turn, group: Group) -> Grant:
     """What the lessee is told about a leased group."""
-    live, evaluation = turn.state.hyperparameters, turn.recipe.evaluation
-    if group.purpose == "eval" and evaluation is not None:
-        sampling = Sampling(0.0, 1.0, 0, evaluation.max_new_tokens)
-    else:
-        sampling = Sampling(
-            live.number("rollout.temperature"),
-            live.number("rollout.top_p"),
-            live.whole("rollout.top_k"),
-            live.whole("rollout.max_new_tokens"),
-        )
     return Grant(
         group=group.id,
         attempt=group.attempt,
@@ -145,7 +141,7 @@ def grant(turn: Turn, group: Group) -> Grant:
         row=group.row,
         seed=group.seed,
         samples=group.samples,
-        sampling=sampling,
+        sampling=group.sampling,
         revision=group.revision,
         version=group.version,
         deadline_s=max(group.deadline - turn.state.now, 0.0),
@@ -160,16 +156,16 @@ def give_back(turn: Turn, group: Group, cause: str) -> None:
     state = turn.state
     again = [group]
     if turn.recipe.run.deterministic and group.purpose == "train":
-        wave = [g for g in state.ledger.groups.values() if g.purpose == "train" and g.wave == group.wave]
-        again = [g for g in wave if g.state == "leased" or (g.state == "reported" and not g.kept)]
+        wave = [*state.ledger.having("leased", "train"), *state.ledger.having("reported", "train")]
+        again = [g for g in wave if g.wave == group.wave and (g.state == "leased" or not g.kept)]
     for each in again:
         if each.attempt >= ATTEMPTS and each is group:
             end_group(turn, each, "attempts")
             continue
-        lessee = each.replica
+        lessee, incarnation = each.replica, each.incarnation
         state.ledger.requeue(each)
         turn.fact(Requeued(each.id, each.attempt, cause))
-        _revoke(turn, lessee, each, cause)
+        _revoke(turn, lessee, incarnation, each, cause)
 
 
 def end_group(turn: Turn, group: Group, cause: str) -> None:
@@ -180,12 +176,12 @@ def end_group(turn: Turn, group: Group, cause: str) -> None:
     turn.fact(Discarded(state.lineage, group.id, cause))
     if group.purpose == "eval" and state.evaluation.round is not None:
         state.evaluation.round.scores[group.row] = 0.0
-    _revoke(turn, lessee, group, cause)
+    _revoke(turn, lessee, group.incarnation, group, cause)
 
 
-def _revoke(turn: Turn, lessee: str, group: Group, cause: str) -> None:
+def _revoke(turn: Turn, lessee: str, incarnation: int, group: Group, cause: str) -> None:
     replica = turn.state.fleet.replicas.get(lessee)
-    if replica is not None and replica.live and replica.incarnation == group.incarnation:
+    if replica is not None and replica.live and replica.incarnation == incarnation:
         turn.send(replica, RevokeLease([LeaseRef(group.id, group.attempt)], cause))
 
 

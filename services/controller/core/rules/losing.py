@@ -63,7 +63,7 @@ def _roll_back(turn: Turn) -> None:
     before = state.lineage
     if state.evaluation.round is not None:
         drop_round(turn, "rollback")
-    for group in [g for g in state.ledger.groups.values() if g.state == "leased"]:
+    for group in state.ledger.having("leased"):
         if group.state == "leased":
             give_back(turn, group, "rollback")
     redo = [*state.steps.unsettled, *([state.steps.batch] if state.steps.batch else []), *state.steps.pending]

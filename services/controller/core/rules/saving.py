@@ -19,7 +19,7 @@ def turn_stage(turn: Turn) -> bool:
     if state.stages.name not in ("sft", "train") or state.stages.stopping or state.stages.outcome:
         return False
     done = state.stages.rule_met or turn.trained() >= turn.table.batches * turn.table.batch_size
-    if not done or not _idle(turn):
+    if not done or state.steps.pending or not _idle(turn):
         return False
     last = state.stages.names[state.stages.index + 1] == "closing"
     if not last and state.lineages.settled != state.lineages.committed:
@@ -39,7 +39,7 @@ def save_regularly(turn: Turn) -> bool:
     if state.stages.name not in ("sft", "train") or state.stages.outcome or not _idle(turn):
         return False
     due = state.version - state.lineages.settled.version >= state.hyperparameters.whole("checkpoint.every")
-    return due and _save(turn, export=False)
+    return due and state.lineages.failed != state.lineages.committed and _save(turn, export=False)
 
 
 def close_run(turn: Turn) -> bool:
@@ -113,7 +113,7 @@ def checkpoint_saved(turn: Turn, position: Position, path: str) -> None:
 def checkpoint_failed(turn: Turn, cause: str) -> None:
     """Nothing is settled; tried again with the next batch, and the run fails when it happens again and again."""
     state = turn.state
-    state.lineages.saving = None
+    state.lineages.saving, state.lineages.failed = None, state.lineages.committed
     state.lineages.failures += 1
     if state.lineages.failures >= FAILURES:
         state.stages.finish("failed", f"{FAILURES} checkpoints in a row could not be written, the last one: {cause}")

@@ -7,18 +7,17 @@ none is left (the commit rule checks exactly that).
 
 from __future__ import annotations
 
-from typing import cast
-
 from services.controller.core.advantages import all_equal, group_advantages
 from services.controller.core.events import Spooled
 from services.controller.core.fleet import Replica
-from services.controller.core.ledger import Group
+from services.controller.core.ledger import Group, GroupState
 from services.controller.core.outcome import Aborted, Assigned, Committed, Consumed, Discarded, RecordMetrics, Revised
 from services.controller.core.rules.judging import gating_round_due
 from services.controller.core.state import Turn
-from services.controller.core.steps import Batch, Stage, Step
+from services.controller.core.steps import Batch, Step
 from shared.messages import AbortStep, AssignedGroup, MeshMember, TrainStep
 
+WAITING: tuple[GroupState, ...] = ("queued", "leased", "reported")
 NONFINITE_LIMIT = 3
 """Steps in a row whose gradients are not finite before the run fails: the model is broken, not the batch."""
 
@@ -59,6 +58,7 @@ def form_batch(turn: Turn) -> bool:
         return False
     if state.steps.pending:
         state.steps.batch = state.steps.pending.pop(0)
+        state.steps.batch.version = state.version  # lower than it was when one before it was struck off whole
         return True
     if state.stages.rule_met or turn.trained() >= turn.table.batches * turn.table.batch_size:
         return False
@@ -73,7 +73,7 @@ def form_batch(turn: Turn) -> bool:
         minibatches, passes = turn.recipe.train.minibatches, turn.recipe.train.mu
     size = len(ids) // minibatches
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
-    stage = cast(Stage, state.stages.name)
+    stage = state.stages.name
     bound = turn.bound if stage == "train" else 0
     state.steps.batch = Batch(state.version, stage, [list(part) for _ in range(passes) for part in parts], bound)
     return True
@@ -84,9 +84,7 @@ def _choose(turn: Turn) -> list[Group] | None:
     state, size = turn.state, turn.table.batch_size
     if state.stages.name == "sft":
         # In the order drawn, so that the composition never depends on who answered first.
-        first = sorted(
-            (g for g in state.ledger.groups.values() if g.purpose == "sft" and g.state != "consumed"), key=_id
-        )[:size]
+        first = sorted((group for kind in WAITING for group in state.ledger.having(kind, "sft")), key=_id)[:size]
         return first if len(first) == size and all(g.state == "reported" for g in first) else None
     due = state.version - turn.bound
     reported = [g for g in state.ledger.having("reported", "train") if g.kept or not _filters(turn)]
@@ -146,7 +144,14 @@ def train_step(turn: Turn, replica: str) -> tuple[TrainStep, list[Spooled]]:
         advantages = group_advantages(group.rewards, kind) if group.purpose == "train" else [1.0] * len(group.lengths)
         groups.append(
             AssignedGroup(
-                group.id, group.attempt, group.purpose, group.prompt_length, group.lengths, advantages, group.arrays
+                group=group.id,
+                attempt=group.attempt,
+                purpose=group.purpose,
+                prompt_length=group.prompt_length,
+                lengths=group.lengths,
+                advantages=advantages,
+                temperature=group.sampling.temperature,
+                arrays=group.arrays,
             )
         )
         if group.spooled is not None:
@@ -189,7 +194,10 @@ def reject_step(turn: Turn) -> None:
     elif not batch.plan:
         state.steps.batch = None
     elif batch.over:
-        state.lineages.end_batch()
+        before, now = state.lineages.committed, state.lineages.end_batch()
+        for replica in state.fleet.live("policy"):
+            if replica.position == before:  # the same weights under their new version
+                replica.position = now
         _finish_batch(turn, batch)
 
 
@@ -260,7 +268,6 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
         "batches": turn.table.batches,
         "batch": batch.version - state.stages.began + 1,
         "revision": step.revision,
-        "reward": sum(rewards) / len(rewards),
         "response_length": sum(lengths) / len(lengths),
         "truncated": sum(group.truncated for group in groups) / len(lengths),
         "tokens": step.tokens,
@@ -269,6 +276,8 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
         "sync_seconds": state.weights.last_seconds,
     }
     if batch.stage == "train":
+        of_all, of_batch = state.ledger.take_reward(), sum(rewards) / len(rewards)
+        line |= {"reward": of_batch if of_all is None else of_all, "reward_trained": of_batch}
         stale = [batch.version - group.oldest for group in groups]
         line |= {"staleness_max": max(stale), "staleness_mean": sum(stale) / len(stale)}
         for part in groups[0].parts:

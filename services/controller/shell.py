@@ -1,0 +1,364 @@
+"""The shell around the core, without sockets or loops: what comes in, what becomes durable, what leaves.
+
+    take / tick  ->  core.judge  ->  spool, core.step, journal.append   (in memory)
+    sync         ->  spool and journal on disk                          (may run in another thread)
+    release      ->  acknowledgements, replies, commands, files
+
+`server` drives it with a real bus and a real clock, the simulator with virtual ones. The invariant is the order:
+nothing that follows from an event leaves before `sync` has returned.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.controller.core.core import Core
+from services.controller.core.events import (
+    AnyEvent,
+    DeadlinePassed,
+    HyperparametersRequested,
+    MeshIdMinted,
+    MessageReceived,
+    ReplicaLost,
+    ReplicaMessage,
+    ReplicaRegistered,
+    RunBegan,
+    StopRequested,
+    TermBegan,
+)
+from services.controller.core.outcome import (
+    Effect,
+    EndRun,
+    ForgetMesh,
+    FreeSpool,
+    MintMeshId,
+    Part,
+    RecordEvaluation,
+    RecordMetrics,
+    Send,
+    Welcome,
+)
+from services.controller.journal import Journal
+from services.controller.liveness import Liveness
+from services.controller.outputs import Outputs
+from services.controller.rendezvous import Rendezvous
+from services.controller.spool import Spool
+from services.controller.status import status
+from shared.bus import Incoming
+from shared.config import RecipeError, check_changes, dump_recipe
+from shared.messages import (
+    Accepted,
+    AnyMessage,
+    Heartbeat,
+    HeartbeatReply,
+    LeaseRef,
+    Refused,
+    Register,
+    Registered,
+    ReplicaExited,
+    SetHyperparameters,
+    Status,
+    StatusRequest,
+    StopRun,
+    StoreGet,
+    StoreSet,
+)
+from shared.telemetry import get_logger
+
+log = get_logger()
+
+
+class Bus(Protocol):
+    """What the shell asks of the bus; `shared.bus.RouterBus` is the real one."""
+
+    term: int
+    counters: Counter[str]
+
+    def open_session(self, peer: bytes, sender: str, rank: int, incarnation: int) -> None:
+        """Sequences with this peer count from 1 again."""
+
+    def close_session(self, peer: bytes) -> None:
+        """What this peer still says is refused."""
+
+    def send(
+        self, peer: bytes, message: AnyMessage, frames: Sequence[bytes | memoryview] = (), *, reply_to: int = 0
+    ) -> None:
+        """Send; never waits, never raises for the peer's sake."""
+
+    def reply(self, incoming: Incoming, message: AnyMessage) -> None:
+        """Answer a message."""
+
+    def durable(self, peer: bytes, sequence: int, session: int | None = None) -> None:
+        """Acknowledge up to this sequence."""
+
+    def overdue(self, now: float) -> list[bytes]:
+        """Peers that don't take their messages."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Two clocks in seconds: `wall` stamps events and may jump, `steady` measures silence and never does."""
+
+    wall: Callable[[], float]
+    steady: Callable[[], float]
+
+
+class Shell:
+    """One term of one run, as far as it needs no socket. Not thread-safe but for `sync`, during which nobody calls."""
+
+    def __init__(self, core: Core, journal: Journal, spool: Spool, outputs: Outputs, bus: Bus, clock: Clock) -> None:
+        self._core = core
+        self._journal = journal
+        self._spool = spool
+        self._outputs = outputs
+        self._bus = bus
+        self._clock = clock
+        self._recipe = core.recipe
+        self._liveness = Liveness(core.recipe.bus.lost_after_s)
+        self._rendezvous = Rendezvous()
+        self._peers: dict[tuple[str, int], tuple[int, bytes]] = {}
+        self._registers: dict[tuple[str, int], Incoming] = {}
+        self._durable: dict[bytes, tuple[int, int]] = {}
+        self._effects: list[Effect] = []
+        self._replies: list[Callable[[], None]] = []
+        self.ending: EndRun | None = None
+
+    def begin(self, run: str) -> None:
+        """The first events of a term; `sync` and `release` must follow before anyone connects."""
+        if self._journal.number == 0:
+            self._step(RunBegan(at=self._now(), run=run, recipe=dump_recipe(self._recipe)))
+        self._step(TermBegan(at=self._now(), term=self._bus.term))
+
+    @property
+    def peers(self) -> list[bytes]:
+        """Whoever has a session."""
+        return [peer for _, peer in self._peers.values()]
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether `sync` has something to do."""
+        return self._journal.pending > 0
+
+    def sync(self) -> None:
+        """Make durable what was decided: payloads first, then the records that speak of them."""
+        self._spool.sync()
+        self._journal.sync()
+
+    def release(self) -> None:
+        """Let out what follows from durable events. May decide something at once; then `unsynced` is true again."""
+        for peer, (sequence, session) in self._durable.items():
+            self._bus.durable(peer, sequence, session)
+        self._durable.clear()
+        replies, self._replies = self._replies, []
+        for reply in replies:
+            reply()
+        effects, self._effects = self._effects, []
+        for effect in effects:
+            self._do(effect)
+        if not self.unsynced and self._journal.since_snapshot() >= self._recipe.journal.snapshot_every:
+            self.save_snapshot()
+
+    def save_snapshot(self) -> None:
+        """Bound the next term's replay."""
+        self._journal.save_snapshot(self._core.snapshot())
+
+    def _step(self, event: AnyEvent) -> None:
+        outcome = self._core.step(event)
+        self._journal.append(self._core.state.term, event, outcome.facts)
+        self._effects += outcome.effects
+
+    def _now(self) -> float:
+        """Seconds since the epoch, never before the last event's."""
+        return max(self._clock.wall(), self._core.state.now)
+
+    # --- what comes in ------------------------------------------------------------------------------------------------
+
+    def take(self, incoming: Incoming) -> None:
+        """Take a message off the bus."""
+        envelope = incoming.envelope
+        now = self._clock.steady()
+        if incoming.session:
+            self._liveness.hear((envelope.sender, envelope.incarnation, envelope.rank), now)
+        match envelope.body:
+            case Register():
+                self._take_register(incoming, envelope.body)
+            case Heartbeat(state=state, progress=progress):
+                self._liveness.note((envelope.sender, envelope.incarnation, envelope.rank), state, progress)
+                self._bus.reply(incoming, HeartbeatReply())
+            case StoreSet():
+                self._rendezvous.set(envelope.body, lambda answer: self._bus.reply(incoming, answer))
+            case StoreGet():
+                self._rendezvous.get(envelope.body, now, lambda answer: self._bus.reply(incoming, answer))
+            case StatusRequest():
+                counters = dict(sorted(self._bus.counters.items()))
+                run = status(self._core.state, self._liveness, counters, now)
+                self._bus.reply(incoming, Status(run))
+            case StopRun(cause=cause):
+                if not self._core.state.stages.stopping:
+                    self._step(StopRequested(at=self._now(), cause=cause))
+                self._answer(
+                    incoming, Accepted("the batch in hand is finished, a checkpoint written, then the run ends")
+                )
+            case SetHyperparameters():
+                self._take_changes(incoming, envelope.body)
+            case ReplicaExited():
+                self._take_exit(incoming, envelope.body)
+            case Refused():
+                log.warning("a replica refused a message", replica=envelope.sender, fault=envelope.body.fault)
+            case body if body.reliable:
+                self._take_report(incoming)
+            case _:
+                advice = "see docs/protocol.md for who sends what"
+                name = type(envelope.body).__name__
+                self._bus.reply(incoming, Refused("role", "a message for the controller", name, advice))
+
+    def _take_register(self, incoming: Incoming, register: Register) -> None:
+        refusal = self._core.judge_registration(register)
+        if refusal is not None:
+            log.warning("registration refused", replica=register.replica, fault=refusal.fault, got=refusal.got)
+            self._bus.counters[refusal.fault] += 1
+            self._bus.reply(incoming, refusal)
+            return
+        self._registers[register.replica, register.rank] = incoming
+        self._step(ReplicaRegistered(at=self._now(), register=register))
+
+    def _take_report(self, incoming: Incoming) -> None:
+        """A reliable message of a replica: judge it, spool its payload, journal it; it is acknowledged either way."""
+        envelope = incoming.envelope
+        message = envelope.body
+        self._durable[incoming.peer] = (envelope.sequence, incoming.session)
+        if not isinstance(message, ReplicaMessage):
+            advice = "see docs/protocol.md for who sends what"
+            refusal = Refused("role", "a message for the controller", type(message).__name__, advice)
+            self._refuse(incoming, refusal)
+            return
+        if envelope.rank != 0:
+            self._refuse(incoming, Refused("role", "reports of rank 0", f"rank {envelope.rank}", "let rank 0 report"))
+            return
+        verdict = self._core.judge(envelope.sender, envelope.incarnation, message)
+        if verdict == "duplicate":
+            self._bus.counters["repeated"] += 1
+            return
+        if isinstance(verdict, Refused):
+            self._refuse(incoming, verdict)
+            return
+        place = self._spool.append(incoming.frames) if incoming.frames else None
+        event = MessageReceived(
+            at=self._now(),
+            replica=envelope.sender,
+            incarnation=envelope.incarnation,
+            rank=envelope.rank,
+            body=message,
+            spooled=place,
+        )
+        self._step(event)
+
+    def _refuse(self, incoming: Incoming, refusal: Refused) -> None:
+        self._bus.counters[refusal.fault] += 1
+        log.warning(
+            "message refused",
+            replica=incoming.envelope.sender,
+            message=type(incoming.envelope.body).__name__,
+            fault=refusal.fault,
+            expected=refusal.expected,
+            got=refusal.got,
+        )
+        self._answer(incoming, refusal)
+
+    def _take_changes(self, incoming: Incoming, message: SetHyperparameters) -> None:
+        try:
+            changes = check_changes(self._recipe, message.changes)
+        except RecipeError as error:
+            advice = "change only live fields, within their range"
+            self._bus.reply(incoming, Refused("hyperparameter", str(error), str(message.changes), advice))
+            return
+        self._step(HyperparametersRequested(at=self._now(), changes=changes, at_step=message.at_step))
+        pending = self._core.state.hyperparameters.pending
+        step = max((change.at_step for change in pending if change.changes == changes), default=0)
+        self._answer(incoming, Accepted(f"in force from step {step} on"))
+
+    def _take_exit(self, incoming: Incoming, message: ReplicaExited) -> None:
+        replica = self._core.state.fleet.replicas.get(message.replica)
+        if replica is not None and replica.live and message.pid in replica.pids.values():
+            cause = f"process {message.pid} ended with code {message.code}"
+            self._step(ReplicaLost(at=self._now(), replica=replica.name, incarnation=replica.incarnation, cause=cause))
+        self._answer(incoming, Accepted("noted"))
+
+    def _answer(self, incoming: Incoming, message: AnyMessage) -> None:
+        """Reply once what it speaks of is durable."""
+        self._replies.append(lambda: self._bus.reply(incoming, message))
+
+    # --- what time brings ---------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Look at silence, deadlines and waits."""
+        now = self._clock.steady()
+        self._rendezvous.expire(now)
+        for (replica, incarnation, rank), silence in self._liveness.silent(now):
+            cause = f"rank {rank} silent for {silence:.1f} s (bus.lost_after_s)"
+            self._step(ReplicaLost(at=self._now(), replica=replica, incarnation=incarnation, cause=cause))
+            self._liveness.forget(replica, incarnation)
+        for peer in self._bus.overdue(now):
+            for (replica, _), (incarnation, known) in list(self._peers.items()):
+                if known == peer:
+                    cause = "it does not take its messages (bus.window)"
+                    self._step(ReplicaLost(at=self._now(), replica=replica, incarnation=incarnation, cause=cause))
+        if self._core.next_deadline() <= self._now():
+            self._step(DeadlinePassed(at=self._now()))
+
+    # --- effects ------------------------------------------------------------------------------------------------------
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Send():
+                self._send(effect)
+            case Welcome():
+                self._welcome(effect)
+            case Part():
+                self._part(effect)
+            case MintMeshId(epoch=epoch):
+                self._rendezvous.open(epoch)
+                self._step(MeshIdMinted(at=self._now(), epoch=epoch, unique_id=secrets.token_bytes(16)))
+            case ForgetMesh(epoch=epoch):
+                self._rendezvous.close(epoch)
+            case RecordMetrics(line=line):
+                self._outputs.metrics(line)
+            case RecordEvaluation(result=result):
+                self._outputs.evaluation(result)
+                share = f"{result['correct']}/{result['n']}"
+                log.info("evaluated", version=result["version"], accuracy=round(result["accuracy"], 4), correct=share)
+            case FreeSpool(segment=segment):
+                self._spool.free_below(segment)
+            case EndRun():
+                self.ending = effect
+
+    def _send(self, effect: Send) -> None:
+        peer = self._peers.get((effect.replica, effect.rank))
+        if peer is None:
+            return  # it lost its session in this very turn: what is outstanding is derived again when it is back
+        frames: list[bytes | memoryview] = []
+        for place in effect.payload:
+            frames += self._spool.read(place)
+        self._bus.send(peer[1], effect.message, frames)
+
+    def _welcome(self, effect: Welcome) -> None:
+        incoming = self._registers.pop((effect.replica, effect.rank), None)
+        if incoming is None:
+            return
+        self._peers[effect.replica, effect.rank] = (effect.incarnation, incoming.peer)
+        self._liveness.hear((effect.replica, effect.incarnation, effect.rank), self._clock.steady())
+        self._bus.open_session(incoming.peer, effect.replica, effect.rank, effect.incarnation)
+        self._bus.reply(incoming, Registered(effect.incarnation, [LeaseRef(*ref) for ref in effect.leases]))
+        log.info("replica registered", replica=effect.replica, rank=effect.rank, incarnation=effect.incarnation)
+
+    def _part(self, effect: Part) -> None:
+        self._liveness.forget(effect.replica, effect.incarnation)
+        for key, (incarnation, peer) in list(self._peers.items()):
+            if key[0] == effect.replica and incarnation == effect.incarnation:
+                self._bus.close_session(peer)
+                del self._peers[key]
+        log.info("replica gone", replica=effect.replica, incarnation=effect.incarnation)
