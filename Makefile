@@ -1,0 +1,69 @@
+# Everything runs in .venv of this checkout, made from pyproject.toml and requirements.lock.
+PYTHON ?= python3
+RECIPE ?= recipes/quickstart.toml
+ARGS ?=
+RUN ?=
+PIP_ARGS ?=
+
+# longest time for each suite, in seconds; a suite that runs longer fails
+CHECK_BUDGET ?= 600
+UNIT_BUDGET ?= 300
+INTEGRATION_BUDGET ?= 900
+SLOW_BUDGET ?= 1200
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
+PYTEST = $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help up down status audit test test-unit test-integration test-slow check format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+up: $(STAMP) ## run a recipe on this machine (RECIPE=recipes/quickstart.toml ARGS="--set a.b=c")
+	@$(BIN)/orrery up $(RECIPE) $(ARGS)
+
+down: $(STAMP) ## stop a run with a checkpoint (RUN=runs/latest)
+	@$(BIN)/orrery down $(RUN) $(ARGS)
+
+status: $(STAMP) ## show what a run is doing (RUN=runs/latest)
+	@$(BIN)/orrery status $(RUN) $(ARGS)
+
+audit: $(STAMP) ## prove from the journal that no prompt group was lost or doubled (RUN=runs/latest)
+	@$(BIN)/orrery audit $(RUN) $(ARGS)
+
+test: check test-unit test-integration ## install, then check, then all tests but the slow ones
+
+test-unit: $(STAMP) ## tests without processes
+	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) tests/unit $(ARGS)
+
+test-integration: $(STAMP) ## tests with real service processes
+	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow" tests/integration $(ARGS)
+
+test-slow: $(STAMP) ## tests that take minutes
+	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
+
+check: $(STAMP) ## formatting, lint, types, import rules
+	@$(BIN)/ruff format --check --quiet . || { echo "run 'make format'"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BUDGETED) $(CHECK_BUDGET) $(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo >$(VENV)/imports.txt 2>&1 || { cat $(VENV)/imports.txt; exit 1; }
+
+format: $(STAMP) ## format the code and fix what the linter can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11: run 'make PYTHON=/path/to/python3.11 ...'"; exit 1; }
+	@echo "installing into $(VENV) (torch alone is about 200 MB; a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock $(PIP_ARGS) -e '.[all]'
+	@touch $@

@@ -1,0 +1,16 @@
+"""A run on one machine: its folder, its processes, and the supervisor that keeps them alive."""
+
+from deploy.local.folder import RunBusyError, RunLock, create_run, holder, newest_run
+from deploy.local.plan import plan_run
+from deploy.local.supervisor import EXIT_INTERRUPTED, Supervisor
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "RunBusyError",
+    "RunLock",
+    "Supervisor",
+    "create_run",
+    "holder",
+    "newest_run",
+    "plan_run",
+]

@@ -1,0 +1,108 @@
+"""Run folders: making them, finding them, and the lock that lets one supervisor at a time own one.
+
+`orrery up` creates, every other command finds. Invariant: while a supervisor lives, it holds an exclusive flock on
+`supervisor.pid`; the kernel drops the lock with the process, so a stale file never blocks anybody.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from shared.config import Recipe, dump_recipe
+
+_LOCK = "supervisor.pid"
+
+
+class RunBusyError(Exception):
+    """Another supervisor owns this run."""
+
+
+def create_run(recipe: Recipe, folder: Path | None = None) -> Path:
+    """A new run folder holding the resolved recipe as `config.toml`; `runs/latest` points to it from now on.
+
+    Without `folder` it is `<run.folder>/<name>-<date>-<time>`, with a number added if that is taken. A given `folder`
+    must not hold a run already (FileExistsError).
+    """
+    if folder is None:
+        folder = _unused(Path(recipe.run.folder), recipe.run.name)
+    elif (folder / "config.toml").exists():
+        raise FileExistsError(f"{folder} holds a run already: use 'orrery resume {folder}' or another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.toml.partial"
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    partial.replace(folder / "config.toml")
+    _point_latest(folder)
+    return folder
+
+
+def newest_run(runs: Path) -> Path | None:
+    """What `runs/latest` points to, if it is a run."""
+    latest = runs / "latest"
+    return latest.resolve() if (latest / "config.toml").exists() else None
+
+
+def holder(folder: Path) -> int | None:
+    """The process id of the supervisor that owns this run now, or None."""
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.read(descriptor, 32).strip()
+        return int(text) if text.isdigit() else None
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+class RunLock:
+    """Ownership of a run for the length of a `with` block; RunBusyError if somebody else has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _LOCK
+        self._descriptor = -1
+
+    def __enter__(self) -> RunLock:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._descriptor, 32).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            raise RunBusyError(
+                f"{self._path.parent} is already run by process {owner}: stop it with 'orrery down {self._path.parent}'"
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+
+def _unused(runs: Path, name: str) -> Path:
+    stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    for number in range(1, 1000):
+        folder = runs / (f"{name}-{stamp}" if number == 1 else f"{name}-{stamp}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{runs} has a thousand runs named {name}-{stamp}: remove some")
+
+
+def _point_latest(folder: Path) -> None:
+    """Replace the `latest` symlink beside `folder` in one step, so that a reader always finds one."""
+    fresh = folder.parent / f".latest-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.name)
+    fresh.replace(folder.parent / "latest")

@@ -1,0 +1,85 @@
+"""What a run on this machine consists of: every replica's name, command and environment, from the recipe alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import deploy
+from shared.config import Recipe
+from shared.service import PARENT_VARIABLE
+
+CONTROLLER = "controller"
+_SOURCE = Path(deploy.__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """One process to keep alive. `environment` is added to the launcher's own."""
+
+    replica: str
+    role: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All processes of a run, the controller first, and the address that the others reach it at."""
+
+    address: str
+    replicas: tuple[ReplicaPlan, ...]
+
+
+def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
+    """The plan of a run whose resolved recipe lies in `run_folder/config.toml`.
+
+    The controller's port is chosen here and fixed for this supervisor's life, so that a restarted controller is found
+    again at the address that everybody has.
+    """
+    bind = _fixed_port(recipe.bus.bind)
+    address = bind.replace("//0.0.0.0:", "//127.0.0.1:").replace("//*:", "//127.0.0.1:")
+    shared_options = ("--recipe", str(run_folder / "config.toml"), "--run-folder", str(run_folder))
+
+    def replica(role: str, name: str, threads: int, options: Iterable[str]) -> ReplicaPlan:
+        command = (sys.executable, "-m", f"services.{role}", *shared_options, *options, "--replica", name)
+        return ReplicaPlan(name, role, command, _environment(threads))
+
+    def replicas(role: str, count: int, threads: int) -> list[ReplicaPlan]:
+        return [replica(role, f"{role}-{index}", threads, ("--controller", address)) for index in range(count)]
+
+    return RunPlan(
+        address,
+        (
+            replica(CONTROLLER, CONTROLLER, 1, ("--bind", bind)),
+            *replicas("policy", recipe.policy.replicas, recipe.policy.threads),
+            *replicas("rollout", recipe.rollout.replicas, recipe.rollout.threads),
+        ),
+    )
+
+
+def _environment(threads: int) -> dict[str, str]:
+    search = os.pathsep.join(part for part in (str(_SOURCE), os.environ.get("PYTHONPATH", "")) if part)
+    return {
+        PARENT_VARIABLE: str(os.getpid()),
+        "PYTHONPATH": search,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _fixed_port(bind: str) -> str:
+    """`bind` with its `*` port replaced by one that is free now."""
+    host, colon, port = bind.removeprefix("tcp://").rpartition(":")
+    if not bind.startswith("tcp://") or not colon or port != "*":
+        return bind
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind(("" if host == "*" else host.strip("[]"), 0))
+        return f"tcp://{host}:{probe.getsockname()[1]}"

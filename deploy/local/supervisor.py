@@ -1,0 +1,274 @@
+"""Keeps the processes of one run alive until the run is over, and leaves none behind.
+
+Called by `orrery up` and `orrery resume`, in the main thread. Whether a process that ended is started again depends on
+its exit code (`shared/service.py`): 0, 2 and 3 are final, anything else is restarted under the same name, after a
+growing pause. The run is over when the controller exits with 0. Invariant: when `run` returns, every process that it
+started has ended; when the supervisor itself is killed, the kernel kills them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.local.plan import CONTROLLER, ReplicaPlan
+from deploy.local.process import ChildProcess, describe_code, tail
+from shared.messages import AnyMessage, ReplicaExited, StatusRequest, StopRun
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RECIPE
+
+EXIT_INTERRUPTED = 130
+EXIT_GAVE_UP = 1
+_ASK_S = 2.0  # the controller is on this machine and answers at once, or is not there
+_ASK_AGAIN_S = 0.2
+
+Ask = Callable[[str, AnyMessage, float], AnyMessage]
+
+
+@dataclass(frozen=True)
+class RestartRules:
+    """How restarts are paced: the pause doubles from `first_s` to `most_s` with each restart in a row.
+
+    Restarts count as in a row while the process lives less than `lived_s` and the run makes no progress meanwhile;
+    after `attempts` of them the run is given up.
+    """
+
+    first_s: float = 0.2
+    most_s: float = 15.0
+    attempts: int = 5
+    lived_s: float = 60.0
+
+    def pause(self, restarts_in_row: int) -> float:
+        """Seconds to wait before restart number `restarts_in_row` (from 1) in a row."""
+        return float(min(self.first_s * 2 ** (restarts_in_row - 1), self.most_s))
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long the supervisor waits: for a stopped run to checkpoint and end, and for a stopping process to exit."""
+
+    stop_s: float
+    exit_s: float
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    code: int
+    grace: bool = True
+    """Whether processes may still end by themselves, as after a finished run."""
+
+
+class Supervisor:
+    """One run's processes. `stop()` asks for a graceful end, a second `stop()` kills; `run()` returns the exit code."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        replicas: Sequence[ReplicaPlan],
+        address: str,
+        deadlines: Deadlines,
+        *,
+        ask: Ask,
+        tell: Callable[[str], None],
+        rules: RestartRules | None = None,
+    ) -> None:
+        self._logs = run_folder / "logs"
+        self._metrics = run_folder / "metrics.jsonl"
+        self._replicas = replicas
+        self._address = address
+        self._deadlines = deadlines
+        self._ask = ask
+        self._tell = tell
+        self._rules = rules or RestartRules()
+        self._children: dict[str, ChildProcess] = {}
+        self._outcome: asyncio.Future[_Outcome] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Start everything, keep it alive, and return 0 (run over), 130 (stopped), or the code of what went wrong."""
+        loop = asyncio.get_running_loop()
+        self._outcome = loop.create_future()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self.stop)
+        keepers = [asyncio.create_task(self._keep(plan)) for plan in self._replicas]
+        for keeper in keepers:
+            keeper.add_done_callback(self._on_keeper_end)
+        try:
+            outcome = await self._outcome
+            # no restart from here on; the processes themselves go on for now
+            await _cancel(keepers)
+            await self._end_processes(outcome)
+        finally:
+            for child in self._children.values():
+                child.kill_group()
+            await _cancel([*keepers, *([self._stopping] if self._stopping else [])])
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+        return outcome.code
+
+    def stop(self) -> None:
+        """First call: let the controller finish the step, checkpoint and shut everybody down. Second: kill at once."""
+        if self._stopping is None and self._outcome is not None and not self._outcome.done():
+            self._tell("stopping after the batch in hand, with a checkpoint (once more to kill at once)")
+            self._stopping = asyncio.get_running_loop().create_task(self._stop_run())
+        else:
+            self._tell("killing all processes")
+            for child in self._children.values():
+                child.kill_group()
+            self._settle(_Outcome(EXIT_INTERRUPTED, grace=False))
+
+    # --- one process ---------------------------------------------------------------------------------------------
+
+    async def _keep(self, plan: ReplicaPlan) -> None:
+        """Run one replica's process, again and again as its exit codes ask, until one of them is final."""
+        restarts = 0
+        if plan.role != CONTROLLER:
+            await self._controller_answers()
+        while True:
+            progress = self._progress()
+            child = self._start(plan)
+            if child is None:
+                return
+            code = await child.wait()
+            if self._is_final(plan, code):
+                return
+            gone_well = child.age_s >= self._rules.lived_s or self._progress() > progress
+            restarts = 1 if gone_well else restarts + 1
+            if restarts > self._rules.attempts:
+                self._give_up(plan, code)
+                return
+            pause = 0.0 if code == EXIT_FENCED and restarts == 1 else self._rules.pause(restarts)
+            self._tell(f"{plan.replica} ended ({describe_code(code)}): starting it again in {pause:.1f} s")
+            await asyncio.gather(asyncio.sleep(pause), self._report_exit(plan, child.pid, code))
+
+    async def _controller_answers(self) -> None:
+        """Return once the controller takes questions: a run that cannot begin, or is over, loads no model."""
+        while True:
+            with contextlib.suppress(Exception):  # not up yet, or being restarted: its own keeper sees to that
+                await asyncio.to_thread(self._ask, self._address, StatusRequest(), _ASK_S)
+                return
+            await asyncio.sleep(_ASK_AGAIN_S)
+
+    def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
+        """A supervisor that loses a keeper to an error must not wait for ever for an outcome."""
+        if not keeper.cancelled() and (error := keeper.exception()):
+            self._tell(f"the supervisor failed: {error!r}")
+            self._settle(_Outcome(EXIT_GAVE_UP, grace=False))
+
+    def _start(self, plan: ReplicaPlan) -> ChildProcess | None:
+        try:
+            child = ChildProcess(plan, self._output(plan))
+        except OSError as error:
+            self._tell(f"{plan.replica} cannot be started: {error} (command: {' '.join(plan.command)})")
+            self._settle(_Outcome(EXIT_GAVE_UP, grace=False))
+            return None
+        self._children[plan.replica] = child
+        return child
+
+    def _is_final(self, plan: ReplicaPlan, code: int) -> bool:
+        """Whether the exit code forbids a restart; settles the run's outcome where it decides it."""
+        if code == EXIT_DONE:
+            if plan.role == CONTROLLER:
+                self._settle(_Outcome(EXIT_INTERRUPTED if self._stopping else EXIT_DONE))
+            return True
+        if code in (EXIT_RECIPE, EXIT_FATAL):
+            self._tell(f"{plan.replica} ended ({describe_code(code)}): the run stops\n{self._last_words(plan)}")
+            self._settle(_Outcome(code, grace=plan.role == CONTROLLER))
+            return True
+        return False
+
+    def _give_up(self, plan: ReplicaPlan, code: int) -> None:
+        self._tell(
+            f"{plan.replica} ended {self._rules.attempts + 1} times in a row without progress, last with "
+            f"{describe_code(code)}: giving up; once mended, 'orrery resume' goes on\n{self._last_words(plan)}"
+        )
+        self._settle(_Outcome(EXIT_GAVE_UP, grace=False))
+
+    async def _report_exit(self, plan: ReplicaPlan, pid: int, code: int) -> None:
+        """Tell the controller, so that nobody waits for this process's heartbeats."""
+        if plan.role == CONTROLLER:
+            return
+        # a controller that is itself being restarted learns it from the replica's new registration
+        with contextlib.suppress(Exception):
+            await asyncio.to_thread(self._ask, self._address, ReplicaExited(plan.replica, pid, code), _ASK_S)
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    async def _stop_run(self) -> None:
+        """Have the controller end the run; fall back to ending the processes if it cannot."""
+        try:
+            async with asyncio.timeout(self._deadlines.exit_s):
+                detail = await self._ask_to_stop()
+        except TimeoutError:
+            self._tell(f"the controller did not answer within {self._deadlines.exit_s:g} s: ending all processes")
+            self._settle(_Outcome(EXIT_INTERRUPTED, grace=False))
+            return
+        self._tell(f"the controller: {detail}")
+        await asyncio.sleep(self._deadlines.stop_s)
+        self._tell(f"the run did not end within {self._deadlines.stop_s:g} s: ending all processes")
+        self._settle(_Outcome(EXIT_INTERRUPTED, grace=False))
+
+    async def _ask_to_stop(self) -> str:
+        while True:
+            try:
+                answer = await asyncio.to_thread(self._ask, self._address, StopRun("asked by a person"), _ASK_S)
+            except Exception:  # not up yet, or being restarted: the caller's deadline ends this
+                await asyncio.sleep(_ASK_AGAIN_S)
+                continue
+            return str(getattr(answer, "detail", answer))
+
+    async def _end_processes(self, outcome: _Outcome) -> None:
+        """Wait for the processes to end by themselves, then SIGTERM, then SIGKILL, each after `exit_s`."""
+        if outcome.grace and await self._all_ended(self._deadlines.exit_s):
+            return
+        for child in self._running():
+            if outcome.grace:
+                self._tell(f"{child.plan.replica} is still there after {self._deadlines.exit_s:g} s: SIGTERM")
+            child.signal(signal.SIGTERM)
+        if await self._all_ended(self._deadlines.exit_s):
+            return
+        for child in self._running():
+            self._tell(f"{child.plan.replica} is still there after SIGTERM: SIGKILL")
+            child.kill_group()
+        await self._all_ended(self._deadlines.exit_s)
+
+    async def _all_ended(self, timeout_s: float) -> bool:
+        running = [asyncio.create_task(child.wait()) for child in self._running()]
+        if running:
+            await asyncio.wait(running, timeout=timeout_s)
+            await _cancel(running)
+        return not self._running()
+
+    def _running(self) -> list[ChildProcess]:
+        return [child for child in self._children.values() if child.code is None]
+
+    def _settle(self, outcome: _Outcome) -> None:
+        """The first outcome counts."""
+        if self._outcome is not None and not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    # --- what a person sees --------------------------------------------------------------------------------------
+
+    def _progress(self) -> int:
+        """Grows with every committed step."""
+        try:
+            return self._metrics.stat().st_size
+        except OSError:
+            return 0
+
+    def _output(self, plan: ReplicaPlan) -> Path:
+        return self._logs / f"{plan.replica}.out"
+
+    def _last_words(self, plan: ReplicaPlan) -> str:
+        output = self._output(plan)
+        said = tail(output)
+        return f"--- end of {output}:\n{said}\n---" if said else f"(it said nothing in {output})"
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None] | asyncio.Task[int]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
