@@ -32,7 +32,7 @@ def status(run: RunArgument = None) -> None:
 
 
 def _ask_controller(folder: Path) -> Status | None:
-    from shared.bus import BusTimeout, ask
+    from shared.bus import BusError, ask
 
     try:
         address = (folder / "controller.address").read_text(encoding="utf-8").split()[0]
@@ -40,7 +40,7 @@ def _ask_controller(folder: Path) -> Status | None:
         return None
     try:
         answer = ask(address, StatusRequest(), _ASK_S)
-    except BusTimeout:
+    except BusError:
         return None
     return answer if isinstance(answer, Status) else None
 

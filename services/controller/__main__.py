@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 import uvloop
@@ -20,6 +21,9 @@ from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_RECIPE, ServiceArguments,
 from shared.telemetry import get_logger
 
 log = get_logger()
+
+LOCK_S = 2.0
+"""How long a new term waits for the process of the old one to be gone."""
 
 
 def main(arguments: ServiceArguments) -> int:
@@ -56,17 +60,19 @@ def main(arguments: ServiceArguments) -> int:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold the run folder: two controllers on one journal would tear it."""
+    """Hold the run folder: two controllers on one journal would tear it. One just killed may hold it a moment longer."""
     descriptor = os.open(folder / "controller.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.error(
-            "another controller holds this run folder: end it first, or choose another folder", folder=str(folder)
-        )
-        os.close(descriptor)
-        return None
-    return descriptor
+    until = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > until:
+                log.error("another controller holds this run folder: end it, or use another one", folder=str(folder))
+                os.close(descriptor)
+                return None
+            time.sleep(LOCK_S / 20)
 
 
 if __name__ == "__main__":
