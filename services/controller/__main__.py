@@ -60,7 +60,10 @@ def main(arguments: ServiceArguments) -> int:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold the run folder: two controllers on one journal would tear it. One just killed may hold it a moment longer."""
+    """Hold the run folder: two controllers on one journal would tear it.
+
+    A process that was just killed may hold it for a moment longer.
+    """
     descriptor = os.open(folder / "controller.lock", os.O_RDWR | os.O_CREAT, 0o644)
     until = time.monotonic() + LOCK_S
     while True:
