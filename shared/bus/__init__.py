@@ -7,7 +7,8 @@ from shared.bus.client import BusClient
 from shared.bus.errors import BindRefused, BusClosed, BusError, BusTimeout, Fenced, Refusal, WireFault
 from shared.bus.instructions import Delivery
 from shared.bus.person import ask
-from shared.bus.router import Incoming, RouterBus
+from shared.bus.router import RouterBus
+from shared.bus.router_sessions import Incoming
 
 __all__ = [
     "BindRefused",

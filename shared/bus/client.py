@@ -226,9 +226,12 @@ class BusClient:
         return self._session.stats() | {"in_flight": self._in_flight, "inbox": len(self._inbox)}
 
     def close(self, goodbye: str | None = None, timeout_s: float = 5.0) -> None:
-        """End the bus thread. With `goodbye`, first say so and wait until all that was sent is acknowledged."""
+        """End the bus thread. With `goodbye`, first say so and wait until all that was sent is acknowledged.
+
+        A controller that never welcomed this rank does not know it and is told nothing.
+        """
         deadline = time.monotonic() + timeout_s
-        if goodbye is not None and self._thread is not None and self._end is None:
+        if goodbye is not None and self._welcome is not None and self._end is None:
             try:
                 self.send(Goodbye(cause=goodbye), timeout_s=timeout_s)
             except (BusTimeout, Fenced) as error:

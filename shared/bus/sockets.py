@@ -51,7 +51,9 @@ def configure_router(socket: zmq.Socket, settings: BusTable) -> None:
 
 def send_now(socket: zmq.asyncio.Socket, parts: Sequence[Frame]) -> BaseException | None:
     """Hand `parts` to ZeroMQ without waiting and, where they are large, without copying; returns what went wrong."""
-    sent = cast("asyncio.Future[object]", socket.send_multipart(parts, flags=zmq.DONTWAIT, copy=False))
+    # What came in as a frame goes out as that frame: a view of it would be wrapped once more, and freed by a thread.
+    frames = [part.obj if isinstance(part, memoryview) and isinstance(part.obj, zmq.Frame) else part for part in parts]
+    sent = cast("asyncio.Future[object]", socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False))
     return sent.exception()  # with DONTWAIT the future is done already
 
 
