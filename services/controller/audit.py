@@ -94,9 +94,22 @@ class Audit:
 
 def audit_run(folder: Path) -> Audit:
     """Fold the journal of the run in `folder`. JournalDamaged if it cannot be read."""
-    audit = Audit()
-    fold = _Fold(audit)
+    auditor = Auditor()
     for number, record in read_journal(folder):
+        auditor.take(number, record)
+    return auditor.audit
+
+
+class Auditor:
+    """Folds records one by one, in order; `audit` is what they say so far."""
+
+    def __init__(self) -> None:
+        self.audit = Audit()
+        self._fold = _Fold(self.audit)
+
+    def take(self, number: int, record: dict[str, Any]) -> None:
+        """The next record, as a plain map."""
+        audit = self.audit
         audit.records = number
         event = record["event"]
         if event["type"] == "term_began":
@@ -105,8 +118,7 @@ def audit_run(folder: Path) -> Audit:
             if event["term"] != audit.terms:
                 audit.faults.append(f"record {number}: term {event['term']} follows term {audit.terms - 1}")
         for fact in record["facts"]:
-            getattr(fold, fact["type"], fold.ignore)(fact)
-    return audit
+            getattr(self._fold, fact["type"], self._fold.ignore)(fact)
 
 
 class _Fold:

@@ -19,7 +19,7 @@ class Disk(Protocol):
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Bytes of a file; fewer than asked for at its end."""
 
-    def append(self, name: str, data: bytes) -> None:
+    def append(self, name: str, data: bytes | memoryview) -> None:
         """Add to the end of a file, made when it isn't there. OSError when the disk is full."""
 
     def sync(self, name: str) -> None:
@@ -54,7 +54,7 @@ class FolderDisk:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
 
-    def append(self, name: str, data: bytes) -> None:
+    def append(self, name: str, data: bytes | memoryview) -> None:
         """Add to the end of a file, made when it isn't there."""
         descriptor = self._files.get(name)
         if descriptor is None:
@@ -67,9 +67,11 @@ class FolderDisk:
             view = view[os.write(descriptor, view) :]
 
     def sync(self, name: str) -> None:
-        """fsync the file, and the folder when the file is new."""
-        if name in self._files:
-            os.fsync(self._files[name])
+        """fsync the file, and the folder when the file is new or was written by another process."""
+        if name not in self._files:
+            self._files[name] = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND)
+            self._unsynced_names.add(name)
+        os.fsync(self._files[name])
         if name in self._unsynced_names:
             self._sync_folder()
             self._unsynced_names.discard(name)

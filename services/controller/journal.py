@@ -36,7 +36,7 @@ class _Snapshot(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """Appends and replays records. `number` is the last one's, 0 for an empty journal."""
+    """Appends and replays records. `number` is the last one's, 0 for an empty journal; `durable` the last durable one's."""
 
     def __init__(self, disk: Disk, segment_bytes: int) -> None:
         self._disk = disk
@@ -44,7 +44,10 @@ class Journal:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Record)
         self._buffer: list[bytes] = []
+        self._sealed: list[bytes] = []
+        self._sealed_number = 0
         self.number = 0
+        self.durable = 0
         self.cut = 0
         self._snapshot_number = 0
         self._snapshot: bytes | None = None
@@ -76,22 +79,34 @@ class Journal:
 
     @property
     def pending(self) -> int:
-        """Records that the next `sync` makes durable."""
-        return len(self._buffer)
+        """Records that are not durable yet."""
+        return len(self._buffer) + len(self._sealed)
+
+    def seal(self) -> None:
+        """What was appended so far is what the next `flush` writes; others may be appended while it does."""
+        self._sealed += self._buffer
+        self._sealed_number = self.number
+        self._buffer = []
 
     def sync(self) -> None:
-        """Make everything appended durable: one write, one fsync."""
-        if not self._buffer:
+        """Make everything appended durable."""
+        self.seal()
+        self.flush()
+
+    def flush(self) -> None:
+        """Make everything sealed durable: one write, one fsync. May run in another thread."""
+        if not self._sealed:
             return
         if not self._segments or self._size >= self._segment_bytes:
             self._segments.append(f"{len(self._segments) + 1:08d}.log")
-            self._buffer.insert(0, MAGIC)
+            self._sealed.insert(0, MAGIC)
             self._size = 0
-        data = b"".join(self._buffer)
+        data = b"".join(self._sealed)
         self._disk.append(self._segments[-1], data)
         self._disk.sync(self._segments[-1])
         self._size += len(data)
-        self._buffer.clear()
+        self._sealed = []
+        self.durable = self._sealed_number
 
     def since_snapshot(self) -> int:
         """Records that a restart would replay now."""
@@ -99,9 +114,9 @@ class Journal:
 
     def save_snapshot(self, state: bytes) -> None:
         """Keep the state as of the last record, which must be durable already."""
-        if self._buffer:
+        if self.pending:
             raise ValueError("sync the journal before taking a snapshot")
-        body = msgspec.msgpack.encode(_Snapshot(CORE_VERSION, self.number, zlib.crc32(state), state))
+        body = msgspec.msgpack.encode(_Snapshot(CORE_VERSION, self.number, _crc(self.number, state), state))
         self._disk.replace(f"{self.number:012d}.snapshot", body)
         self._snapshot_number = self.number
         for name in self._snapshots()[:-SNAPSHOTS_KEPT]:
@@ -121,13 +136,15 @@ class Journal:
                 if found.torn:
                     self._disk.truncate(name, found.length)
                     self.cut = found.torn
+                else:  # records that a process before this one wrote and never synced count from now on
+                    self._disk.sync(name)
                 self._size = found.length
                 if found.length == 0:  # torn inside its magic: as if it had never been begun
                     self._disk.delete(name)
                     self._segments.pop()
                     self._size = self._segment_bytes  # the one before was full
             expected += len(found.records)
-        self.number = expected - 1
+        self.number = self.durable = expected - 1
         for name in reversed(self._snapshots()):
             snapshot = self._whole_snapshot(self._disk.read(name))
             if snapshot is not None and snapshot.number <= self.number:
@@ -156,5 +173,9 @@ class Journal:
             snapshot = msgspec.msgpack.decode(body, type=_Snapshot)
         except msgspec.MsgspecError:
             return None
-        whole = zlib.crc32(snapshot.state) == snapshot.crc and snapshot.core == CORE_VERSION
+        whole = _crc(snapshot.number, snapshot.state) == snapshot.crc and snapshot.core == CORE_VERSION
         return snapshot if whole else None
+
+
+def _crc(number: int, state: bytes) -> int:
+    return zlib.crc32(state, number)

@@ -39,7 +39,8 @@ class Rendezvous:
         if values is None:
             reply(_void(message.epoch))
             return
-        if len(values) >= MOST_KEYS or len(message.value) > MOST_BYTES:
+        full = len(values) >= MOST_KEYS and message.key not in values
+        if full or len(message.value) > MOST_BYTES:
             limit = f"at most {MOST_KEYS} values of {MOST_BYTES} bytes for each mesh"
             reply(Refused("too_large", limit, f"{len(message.value)} bytes", "form the mesh anew"))
             return

@@ -1,8 +1,8 @@
 """The controller's loop: the shell with a real bus and a real clock.
 
-Who waits for whom: a reader task takes messages off the bus into a bounded queue; the loop takes everything that is
-there, has it made durable in one go (the group commit, in a thread), and lets the consequences out. While the disk
-syncs, the next messages gather.
+Who waits for whom: a reader task takes messages off the bus into a bounded queue; the loop decides on everything that
+is there; a committer has what was decided made durable in one go (the group commit, in a thread), and lets the
+consequences out. While the disk syncs, the loop decides on what comes next, which then waits for the next commit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TICK_S = 0.1
 """How often silence, deadlines and waits are looked at."""
 QUEUE = 1024
 BATCH = 256
-"""Most messages that one group commit covers."""
+"""Most messages taken before the committer gets its turn."""
 
 
 class Controller:
@@ -36,7 +36,10 @@ class Controller:
         self._outputs = outputs
         self._bus = bus
         self._exit_s = core.recipe.timeouts.exit_s
+        self._tick_at = 0.0
         self._queue: asyncio.Queue[Incoming] = asyncio.Queue(QUEUE)
+        self._decided = asyncio.Event()
+        self._committed = asyncio.Event()
 
     async def serve(self, run: str) -> EndRun:
         """Run this term to its end; how the run ended."""
@@ -44,48 +47,65 @@ class Controller:
         await self._commit()
         self._outputs.address(await self._bus.start(), self._bus.term)
         log.info("the controller listens", address=self._bus.address, term=self._bus.term)
-        reader = asyncio.create_task(self._read())
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._commit_forever())]
         try:
             while self._shell.ending is None:
-                await self._turn(reader)
-            await self._say_goodbye(reader)
-            return self._shell.ending
+                await self._turn(tasks)
+            await self._say_goodbye(tasks)
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._bus.close()
+        self._shell.save_snapshot()
+        return self._shell.ending
 
-    async def _turn(self, reader: asyncio.Task[None]) -> None:
-        if reader.done():
-            reader.result()
+    async def _turn(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            if task.done():
+                task.result()
         try:
             async with asyncio.timeout(TICK_S):
+                while self._shell.crowded:
+                    self._committed.clear()
+                    await self._committed.wait()
                 self._shell.take(await self._queue.get())
         except TimeoutError:
             pass
         for _ in range(BATCH):
-            if self._queue.empty():
+            if self._queue.empty() or self._shell.crowded:
                 break
             self._shell.take(self._queue.get_nowait())
-        self._shell.tick()
-        await self._commit()
+        now = time.monotonic()
+        if now >= self._tick_at:  # not in each turn: it looks at every replica
+            self._tick_at = now + TICK_S
+            self._shell.tick()
+        self._decided.set()
 
     async def _read(self) -> None:
         while True:
             await self._queue.put(await self._bus.recv())
 
-    async def _commit(self) -> None:
-        """Make durable what was decided, then let its consequences out, until nothing new was decided by that."""
+    async def _commit_forever(self) -> None:
         while True:
+            await self._decided.wait()
+            self._decided.clear()
+            await self._commit()
+
+    async def _commit(self) -> None:
+        """Make durable what was decided, then let its consequences out, until nothing new was decided meanwhile."""
+        while True:
+            self._shell.seal()
             if self._shell.unsynced:
                 await asyncio.to_thread(self._shell.sync)
             self._shell.release()
+            self._committed.set()
             if not self._shell.unsynced:
                 return
 
-    async def _say_goodbye(self, reader: asyncio.Task[None]) -> None:
-        """Give everyone the time to take its Shutdown, then keep the state for a quick start of the next term."""
+    async def _say_goodbye(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Give everyone the time to take its Shutdown."""
         until = time.monotonic() + self._exit_s / 2
-        while time.monotonic() < until and self._shell.peers:  # who says goodbye is no peer any more
-            await self._turn(reader)
-        self._shell.save_snapshot()
+        # Who says goodbye is no peer any more.
+        while (time.monotonic() < until and self._shell.peers) or self._shell.unsynced:
+            await self._turn(tasks)

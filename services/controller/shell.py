@@ -1,8 +1,9 @@
 """The shell around the core, without sockets or loops: what comes in, what becomes durable, what leaves.
 
     take / tick  ->  core.judge  ->  spool, core.step, journal.append   (in memory)
-    sync         ->  spool and journal on disk                          (may run in another thread)
-    release      ->  acknowledgements, replies, commands, files
+    seal         ->  what was decided so far is the next commit
+    sync         ->  spool and journal of that commit on disk           (in another thread, while `take` goes on)
+    release      ->  its acknowledgements, replies, commands, files
 
 `server` drives it with a real bus and a real clock, the simulator with virtual ones. The invariant is the order:
 nothing that follows from an event leaves before `sync` has returned.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.controller.core.core import Core
@@ -71,6 +72,9 @@ from shared.telemetry import get_logger
 
 log = get_logger()
 
+MOST_PENDING = 512
+"""Records that may wait for the disk before no more is taken."""
+
 
 class Bus(Protocol):
     """What the shell asks of the bus; `shared.bus.RouterBus` is the real one."""
@@ -101,14 +105,26 @@ class Bus(Protocol):
 
 @dataclass(frozen=True)
 class Clock:
-    """Two clocks in seconds: `wall` stamps events and may jump, `steady` measures silence and never does."""
+    """Two clocks in seconds: `wall` tells when the term began and may jump, `steady` counts from there and never does."""
 
     wall: Callable[[], float]
     steady: Callable[[], float]
 
 
+@dataclass
+class _Commit:
+    """What leaves once it is durable: acknowledgements (sequence and session by peer), replies, effects."""
+
+    durable: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    replies: list[Callable[[], None]] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+
+
 class Shell:
-    """One term of one run, as far as it needs no socket. Not thread-safe but for `sync`, during which nobody calls."""
+    """One term of one run, as far as it needs no socket.
+
+    Not thread-safe, but for `sync`, during which the other thread may `take` and `tick`.
+    """
 
     def __init__(self, core: Core, journal: Journal, spool: Spool, outputs: Outputs, bus: Bus, clock: Clock) -> None:
         self._core = core
@@ -117,18 +133,18 @@ class Shell:
         self._outputs = outputs
         self._bus = bus
         self._clock = clock
+        self._began = max(clock.wall(), core.state.now), clock.steady()
         self._recipe = core.recipe
         self._liveness = Liveness(core.recipe.bus.lost_after_s)
         self._rendezvous = Rendezvous()
         self._peers: dict[tuple[str, int], tuple[int, bytes]] = {}
-        self._registers: dict[tuple[str, int], Incoming] = {}
-        self._durable: dict[bytes, tuple[int, int]] = {}
-        self._effects: list[Effect] = []
-        self._replies: list[Callable[[], None]] = []
+        self._registers: dict[tuple[str, int, int], Incoming] = {}
+        self._decided = _Commit()
+        self._sealed: _Commit | None = None
         self.ending: EndRun | None = None
 
     def begin(self, run: str) -> None:
-        """The first events of a term; `sync` and `release` must follow before anyone connects."""
+        """The first events of a term; a commit must follow before anyone connects."""
         if self._journal.number == 0:
             self._step(RunBegan(at=self._now(), run=run, recipe=dump_recipe(self._recipe)))
         self._step(TermBegan(at=self._now(), term=self._bus.term))
@@ -140,27 +156,48 @@ class Shell:
 
     @property
     def unsynced(self) -> bool:
-        """Whether `sync` has something to do."""
+        """Whether something was decided that is not durable yet."""
         return self._journal.pending > 0
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a commit should come to its end before more is taken: much waits for it, or a snapshot does."""
+        return self._journal.pending >= MOST_PENDING or self._snapshot_due
+
+    def seal(self) -> None:
+        """What was taken so far is what the next `sync` makes durable and the next `release` lets out.
+
+        Who takes nothing meanwhile need not call it: `sync` and `release` do.
+        """
+        self._spool.seal()
+        self._journal.seal()
+        self._sealed, self._decided = self._decided, _Commit()
+
     def sync(self) -> None:
-        """Make durable what was decided: payloads first, then the records that speak of them."""
-        self._spool.sync()
-        self._journal.sync()
+        """Make durable what was sealed: payloads first, then the records that speak of them."""
+        if self._sealed is None:
+            self.seal()
+        self._spool.flush()
+        self._journal.flush()
 
     def release(self) -> None:
-        """Let out what follows from durable events. May decide something at once; then `unsynced` is true again."""
-        for peer, (sequence, session) in self._durable.items():
+        """Let out what follows from the sealed events, now durable. May decide something at once, for another commit."""
+        if self._sealed is None:
+            self.seal()
+        commit, self._sealed = self._sealed, None
+        assert commit is not None
+        for peer, (sequence, session) in commit.durable.items():
             self._bus.durable(peer, sequence, session)
-        self._durable.clear()
-        replies, self._replies = self._replies, []
-        for reply in replies:
+        for reply in commit.replies:
             reply()
-        effects, self._effects = self._effects, []
-        for effect in effects:
+        for effect in commit.effects:
             self._do(effect)
-        if not self.unsynced and self._journal.since_snapshot() >= self._recipe.journal.snapshot_every:
+        if self._snapshot_due and not self.unsynced:
             self.save_snapshot()
+
+    @property
+    def _snapshot_due(self) -> bool:
+        return self._journal.since_snapshot() >= self._recipe.journal.snapshot_every
 
     def save_snapshot(self) -> None:
         """Bound the next term's replay."""
@@ -169,11 +206,12 @@ class Shell:
     def _step(self, event: AnyEvent) -> None:
         outcome = self._core.step(event)
         self._journal.append(self._core.state.term, event, outcome.facts)
-        self._effects += outcome.effects
+        self._decided.effects += outcome.effects
 
     def _now(self) -> float:
-        """Seconds since the epoch, never before the last event's."""
-        return max(self._clock.wall(), self._core.state.now)
+        """Seconds since the epoch as of the term's beginning: a clock that is set must not move deadlines."""
+        wall, steady = self._began
+        return max(wall + self._clock.steady() - steady, self._core.state.now)
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
@@ -208,7 +246,7 @@ class Shell:
             case ReplicaExited():
                 self._take_exit(incoming, envelope.body)
             case Refused():
-                log.warning("a replica refused a message", replica=envelope.sender, fault=envelope.body.fault)
+                log.warning("a replica refused a message", who=envelope.sender, fault=envelope.body.fault)
             case body if body.reliable:
                 self._take_report(incoming)
             case _:
@@ -219,18 +257,18 @@ class Shell:
     def _take_register(self, incoming: Incoming, register: Register) -> None:
         refusal = self._core.judge_registration(register)
         if refusal is not None:
-            log.warning("registration refused", replica=register.replica, fault=refusal.fault, got=refusal.got)
+            log.warning("registration refused", who=register.replica, fault=refusal.fault, got=refusal.got)
             self._bus.counters[refusal.fault] += 1
             self._bus.reply(incoming, refusal)
             return
-        self._registers[register.replica, register.rank] = incoming
+        self._registers[register.replica, register.rank, register.nonce] = incoming
         self._step(ReplicaRegistered(at=self._now(), register=register))
 
     def _take_report(self, incoming: Incoming) -> None:
         """A reliable message of a replica: judge it, spool its payload, journal it; it is acknowledged either way."""
         envelope = incoming.envelope
         message = envelope.body
-        self._durable[incoming.peer] = (envelope.sequence, incoming.session)
+        self._decided.durable[incoming.peer] = (envelope.sequence, incoming.session)
         if not isinstance(message, ReplicaMessage):
             advice = "see docs/protocol.md for who sends what"
             refusal = Refused("role", "a message for the controller", type(message).__name__, advice)
@@ -261,7 +299,7 @@ class Shell:
         self._bus.counters[refusal.fault] += 1
         log.warning(
             "message refused",
-            replica=incoming.envelope.sender,
+            who=incoming.envelope.sender,
             message=type(incoming.envelope.body).__name__,
             fault=refusal.fault,
             expected=refusal.expected,
@@ -290,7 +328,7 @@ class Shell:
 
     def _answer(self, incoming: Incoming, message: AnyMessage) -> None:
         """Reply once what it speaks of is durable."""
-        self._replies.append(lambda: self._bus.reply(incoming, message))
+        self._decided.replies.append(lambda: self._bus.reply(incoming, message))
 
     # --- what time brings ---------------------------------------------------------------------------------------------
 
@@ -346,14 +384,14 @@ class Shell:
         self._bus.send(peer[1], effect.message, frames)
 
     def _welcome(self, effect: Welcome) -> None:
-        incoming = self._registers.pop((effect.replica, effect.rank), None)
+        incoming = self._registers.pop((effect.replica, effect.rank, effect.nonce), None)
         if incoming is None:
             return
         self._peers[effect.replica, effect.rank] = (effect.incarnation, incoming.peer)
         self._liveness.hear((effect.replica, effect.incarnation, effect.rank), self._clock.steady())
         self._bus.open_session(incoming.peer, effect.replica, effect.rank, effect.incarnation)
         self._bus.reply(incoming, Registered(effect.incarnation, [LeaseRef(*ref) for ref in effect.leases]))
-        log.info("replica registered", replica=effect.replica, rank=effect.rank, incarnation=effect.incarnation)
+        log.info("replica registered", who=effect.replica, rank=effect.rank, incarnation=effect.incarnation)
 
     def _part(self, effect: Part) -> None:
         self._liveness.forget(effect.replica, effect.incarnation)
@@ -361,4 +399,4 @@ class Shell:
             if key[0] == effect.replica and incarnation == effect.incarnation:
                 self._bus.close_session(peer)
                 del self._peers[key]
-        log.info("replica gone", replica=effect.replica, incarnation=effect.incarnation)
+        log.info("replica gone", who=effect.replica, incarnation=effect.incarnation)

@@ -25,7 +25,7 @@ from services.controller.core.events import (
     TermBegan,
 )
 from services.controller.core.fleet import Replica
-from services.controller.core.orders import give_orders, lease_key
+from services.controller.core.orders import give_orders
 from services.controller.core.outcome import Joined, Judged, Outcome, Reported, StageBegan, Welcome
 from services.controller.core.rules import judging, leasing, losing, saving, syncing, training
 from services.controller.core.state import State, Turn, initial_state
@@ -104,7 +104,7 @@ class Core:
 
     def step(self, event: AnyEvent) -> Outcome:
         """Take one event."""
-        turn = Turn(self.state, self.recipe)
+        turn = Turn(self.state, self.recipe, event)
         self.state.now = event.at
         _take(turn, event)
         for _ in range(MOST_PASSES):
@@ -155,7 +155,7 @@ def _begin_term(turn: Turn, term: int) -> None:
     state.stages.reopen()
     turn.progress()
     for replica in state.fleet.live():
-        replica.confirmed, replica.deadline = False, state.now + turn.recipe.timeouts.rejoin_s
+        state.fleet.confirm(replica, False, state.now + turn.recipe.timeouts.rejoin_s)
     for mesh in list(state.meshes.meshes.values()):
         if mesh.state != "formed":
             syncing.revoke_mesh(turn, mesh.epoch, "the controller died while it was forming", failed=False)
@@ -174,9 +174,9 @@ def _register(turn: Turn, register: Register) -> None:
     replica = state.fleet.same_process(register)
     if replica is not None:
         if not replica.confirmed:
-            replica.confirmed, replica.deadline = True, None
-            if replica.state in ("joining", "loading"):
-                replica.deadline = state.now + turn.recipe.timeouts.load_s
+            loads = replica.state in ("joining", "loading")
+            state.fleet.confirm(replica, True, state.now + turn.recipe.timeouts.load_s if loads else None)
+            state.ledger.hungry[replica.name] = None
     else:
         replica = state.fleet.next_rank_of(register)
         if replica is not None:
@@ -191,10 +191,13 @@ def _register(turn: Turn, register: Register) -> None:
         if len(replica.nonces) == replica.world:
             _complete(turn, replica, register)
     held = {(ref.group, ref.attempt) for ref in register.leases}
-    standing = [(g.id, g.attempt) for g in state.ledger.held_by(replica.name) if (g.id, g.attempt) in held]
+    leased = state.ledger.held_by(replica.name)
+    standing = [(group.id, group.attempt) for group in leased if (group.id, group.attempt) in held]
     if register.rank == 0:
-        state.sent[replica.name] = [lease_key(*ref) for ref in standing]
-    turn.effect(Welcome(replica.name, register.rank, replica.incarnation, standing))
+        state.sent[replica.name] = []
+        for group in leased:
+            group.told = (group.id, group.attempt) in held
+    turn.effect(Welcome(replica.name, register.rank, register.nonce, replica.incarnation, standing))
 
 
 def _complete(turn: Turn, replica: Replica, register: Register) -> None:
@@ -205,7 +208,7 @@ def _complete(turn: Turn, replica: Replica, register: Register) -> None:
     )
     state.fleet.move(replica, "loading", state.now)
     if holds:
-        replica.position = register.holds
+        state.fleet.hold(replica, register.holds)
         state.fleet.move(replica, "ready", state.now)
     else:
         replica.deadline = state.now + turn.recipe.timeouts.load_s
@@ -223,7 +226,7 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
         case StateLoaded():
             turn.progress()
             if replica.role == "policy":
-                replica.position = message.position
+                state.fleet.hold(replica, message.position)
             state.fleet.move(replica, "ready" if replica.role == "policy" else "stale", state.now)
         case GroupReport():
             _take_report(turn, message, spooled)
@@ -237,7 +240,7 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
             if state.steps.vote(replica.name, message.finite, message.metrics) == "no":
                 training.reject_step(turn)
         case StepApplied():
-            replica.position = state.lineages.committed
+            state.fleet.hold(replica, state.lineages.committed)
             state.steps.applied_by(replica.name)
         case CheckpointSaved():
             saving.checkpoint_saved(turn, message.position, message.path)
@@ -263,9 +266,18 @@ def _take_report(turn: Turn, report: GroupReport, spooled: Spooled | None) -> No
     if group.purpose == "eval" and judged is not None and not report.oldest == report.newest == judged.version:
         leasing.give_back(turn, group, f"judged with versions {report.oldest}..{report.newest}, not {judged.version}")
         return
+    if group.purpose == "train" and report.newest > _checked_version(turn, group.replica):
+        leasing.give_back(turn, group, "sampled with weights whose digest was not compared yet")
+        return
     state.ledger.report(group, report, spooled)
     turn.fact(Reported(group.id, group.attempt, group.oldest, group.newest))
     if group.purpose == "eval" and judged is not None:
         judged.scores[group.row] = report.rewards[0]
         state.ledger.consume(group, state.lineage)
         turn.fact(Judged(state.lineage, group.id, judged.version))
+
+
+def _checked_version(turn: Turn, replica: str) -> int:
+    """The version of the weights that this replica holds for certain; a swap may be ahead of its verdict."""
+    position = turn.state.fleet.replicas[replica].position
+    return position.version if position is not None else -1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from services.controller.core.ledger import PURPOSES
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.rules.losing import lose
 from services.controller.core.rules.saving import checkpoint_failed
@@ -13,14 +15,16 @@ from shared.config import Recipe
 
 
 def next_deadline(state: State, recipe: Recipe) -> float:
-    """The earliest moment at which something runs out, in the controller's clock."""
-    return min(_moments(state, recipe))
+    """The earliest moment at which something runs out, in the controller's clock; never, once the run has ended."""
+    return math.inf if state.stages.outcome else min(_moments(state, recipe))
 
 
 def _moments(state: State, recipe: Recipe) -> Iterator[float]:
     yield state.progressed + recipe.timeouts.stall_s
-    for group in state.ledger.having("leased"):
-        yield group.deadline
+    for purpose in PURPOSES:
+        group = state.ledger.first("leased", purpose)  # all leases last equally long
+        if group is not None:
+            yield group.deadline
     for replica in state.fleet.live():
         if replica.deadline is not None:
             yield replica.deadline

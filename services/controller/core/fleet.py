@@ -14,6 +14,7 @@ that it still holds the committed state).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -51,21 +52,39 @@ class Replica(msgspec.Struct):
 class Fleet(msgspec.Struct):
     """Every replica that the run has seen, by name, in its latest incarnation; and the data sets they agreed on.
 
-    `processes` are the last nonces of each rank, the newest one last: an older process never takes its name back.
+    `shelves` index the live ones by role, state and what they hold, so that no event has to look at all of them:
+    state, position and `confirmed` of a replica change through the fleet only. `processes` are the last nonces of each
+    rank, the newest one last: an older process never takes its name back.
     """
 
     replicas: dict[str, Replica] = {}
+    shelves: dict[str, dict[str, None]] = {}
     datasets: dict[str, DatasetIdentity] = {}
     processes: dict[str, list[int]] = {}
 
     def live(self, role: Role | None = None) -> list[Replica]:
         """The live replicas (of a role), by name."""
-        found = [r for r in self.replicas.values() if r.live and (role is None or r.role == role)]
-        return sorted(found, key=lambda replica: replica.name)
+        return self._on_shelves(lambda key: role is None or key.startswith(f"{role} "))
 
     def ready(self, role: Role) -> list[Replica]:
         """The replicas of a role that may be given work: ready, and heard from in this term."""
-        return [r for r in self.live(role) if r.state == "ready" and r.confirmed]
+        return self._on_shelves(lambda key: key.startswith(f"{role} ready confirmed "))
+
+    def behind(self, committed: Position) -> list[Replica]:
+        """Rollouts whose engine stands, heard from in this term, that hold other weights than the committed ones."""
+        loaded = ("rollout stale confirmed ", "rollout ready confirmed ")
+        current = f" {_weights(committed)}"
+        return self._on_shelves(lambda key: key.startswith(loaded) and not key.endswith(current))
+
+    def anyone_holds(self, role: Role, lineage: int, version: int) -> bool:
+        """Whether a live replica of a role holds these weights."""
+        wanted = f" {lineage}/{version}"
+        return any(key.startswith(f"{role} ") and key.endswith(wanted) for key in self.shelves)
+
+    def newest_ready(self, role: Role, lineage: int) -> int | None:
+        """The newest version of a lineage that a ready replica of a role holds."""
+        start = f"{role} ready confirmed {lineage}/"
+        return max((int(key.removeprefix(start)) for key in self.shelves if key.startswith(start)), default=None)
 
     def is_current(self, name: str, incarnation: int) -> bool:
         """Whether this incarnation is the live one of that name."""
@@ -114,6 +133,7 @@ class Fleet(msgspec.Struct):
             since=at,
         )
         self.replicas[replica.name] = replica
+        self._shelve(replica)
         self._note_process(register)
         for seen in register.datasets:
             self.datasets.setdefault(seen.name, seen)
@@ -135,6 +155,43 @@ class Fleet(msgspec.Struct):
         """Change a live replica's state; the waits of the old state end."""
         if not replica.live:
             raise ValueError(f"{replica.name}#{replica.incarnation} is {replica.state} and cannot become {state}")
+        self._unshelve(replica)
         replica.state, replica.since, replica.deadline = state, at, None
-        if state in ("left", "lost"):
+        if replica.live:
+            self._shelve(replica)
+        else:
             replica.position = None
+
+    def hold(self, replica: Replica, position: Position | None) -> None:
+        """A live replica has these weights now."""
+        self._unshelve(replica)
+        replica.position = position
+        self._shelve(replica)
+
+    def confirm(self, replica: Replica, confirmed: bool, deadline: float | None) -> None:
+        """A live replica was heard from in this term (or, when one begins, not yet)."""
+        self._unshelve(replica)
+        replica.confirmed, replica.deadline = confirmed, deadline
+        self._shelve(replica)
+
+    def _on_shelves(self, wanted: Callable[[str], bool]) -> list[Replica]:
+        names = [name for key, shelf in self.shelves.items() if wanted(key) for name in shelf]
+        return [self.replicas[name] for name in sorted(names)]
+
+    def _shelve(self, replica: Replica) -> None:
+        self.shelves.setdefault(_shelf(replica), {})[replica.name] = None
+
+    def _unshelve(self, replica: Replica) -> None:
+        key = _shelf(replica)
+        del self.shelves[key][replica.name]
+        if not self.shelves[key]:
+            del self.shelves[key]
+
+
+def _shelf(replica: Replica) -> str:
+    confirmed = "confirmed" if replica.confirmed else "unconfirmed"
+    return f"{replica.role} {replica.state} {confirmed} {_weights(replica.position)}"
+
+
+def _weights(position: Position | None) -> str:
+    return f"{position.lineage}/{position.version}" if position is not None else "-"

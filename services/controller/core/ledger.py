@@ -27,12 +27,14 @@ from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Purpose, 
 
 GroupState = Literal["queued", "leased", "reported", "assigned", "consumed"]
 PURPOSES: tuple[Purpose, ...] = ("sft", "train", "eval")
+SAMPLED: tuple[GroupState, ...] = ("leased", "reported")
+"""Groups in these states may hold the version back: their tokens wait to be trained."""
 
 
 class Group(msgspec.Struct):
     """One prompt group. `version` is the weight version of the lease; `oldest`/`newest` are its tokens' versions.
 
-    `kept`: it passed the equal-reward filter.
+    `told`: the lessee was sent this lease in its session. `kept`: it passed the equal-reward filter.
     """
 
     id: int
@@ -53,6 +55,7 @@ class Group(msgspec.Struct):
     revision: int = 0
     deadline: float = 0.0
     leased_at: float = 0.0
+    told: bool = False
     rewards: list[float] = []
     parts: dict[str, list[float]] = {}
     prompt_length: int = 0
@@ -83,14 +86,21 @@ class Book(msgspec.Struct):
 class Ledger(msgspec.Struct):
     """Every open or unsettled group by id, and the books of each lineage.
 
-    `shelves` index the groups by state and purpose, `lessees` the leased ones by replica, so that no event has to look
-    at every group. `rewards` are sum and count over the samples reported since the last committed step.
+    Indices, so that no event has to look at every group or replica: `shelves` are the groups by state and purpose,
+    `ages` how many leased and reported ones were sampled by which version, `lessees` the leased ones by replica, `loads`
+    their samples, `unfiltered` the reported ones that the filter has yet to see. `hungry` are the replicas that may have
+    room for more: whoever gives a lease back, or becomes ready, is added; leasing strikes off who has none.
+    `rewards` are sum and count over the samples reported since the last committed step.
     """
 
     seed: int
     groups: dict[int, Group] = {}
     shelves: dict[str, dict[int, None]] = {}
+    ages: dict[str, dict[int, int]] = {}
     lessees: dict[str, dict[int, None]] = {}
+    loads: dict[str, int] = {}
+    unfiltered: dict[int, None] = {}
+    hungry: dict[str, None] = {}
     next_id: int = 1
     drawn: dict[str, int] = {}
     books: dict[int, Book] = {}
@@ -108,6 +118,23 @@ class Ledger(msgspec.Struct):
     def count(self, state: GroupState, purpose: Purpose) -> int:
         """How many groups of a purpose are in a state."""
         return len(self.shelves.get(f"{state} {purpose}", ()))
+
+    def first(self, state: GroupState, purpose: Purpose) -> Group | None:
+        """The group that has been in this state for longest."""
+        shelf = self.shelves.get(f"{state} {purpose}")
+        return self.groups[next(iter(shelf))] if shelf else None
+
+    def oldest(self, state: Literal["leased", "reported"], purpose: Purpose) -> int | None:
+        """The oldest version that may have sampled a token of a group in this state; None without such groups."""
+        return min(self.ages.get(f"{state} {purpose}", ()), default=None)
+
+    def fresh(self) -> list[Group]:
+        """Reported training groups that the filter has not seen, by id."""
+        return [self.groups[number] for number in sorted(self.unfiltered)]
+
+    def load(self, replica: str) -> int:
+        """Samples that a replica has leased."""
+        return self.loads.get(replica, 0)
 
     def held_by(self, replica: str) -> list[Group]:
         """What a replica has leased, by id."""
@@ -130,11 +157,11 @@ class Ledger(msgspec.Struct):
         sampling: Sampling,
         revision: int,
     ) -> Group:
-        """Issue a new group for a row; its sampling seed follows from the run's seed and its id.
+        """Issue a new group for a row; its sampling seed follows from the run's seed, its purpose, epoch and row.
 
-        How it is sampled, and under which revision, is fixed here: every attempt at a group is alike.
+        (Not from its id: ids count evaluations too, and a deterministic run may have to judge twice.) How it is sampled, and under which revision, is fixed here: every attempt at a group is alike.
         """
-        key = f"{self.seed}/{self.next_id}".encode()
+        key = f"{self.seed}/{purpose}/{epoch}/{row}".encode()
         seed = int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1
         group = Group(
             id=self.next_id,
@@ -150,23 +177,21 @@ class Ledger(msgspec.Struct):
         )
         self.next_id += 1
         self.groups[group.id] = group
-        self._shelf(group)[group.id] = None
+        self._shelve(group)
         self.book(lineage).issued += 1
         return group
 
     def lease(self, group: Group, replica: str, incarnation: int, version: int, at: float, until: float) -> None:
         """Give a queued group to a replica: a new attempt."""
         self._expect(group, "queued")
-        self._move(group, "leased")
-        self.lessees.setdefault(replica, {})[group.id] = None
         group.attempt += 1
-        group.replica, group.incarnation = replica, incarnation
+        group.replica, group.incarnation, group.told = replica, incarnation, False
         group.version, group.leased_at, group.deadline = version, at, until
+        self._move(group, "leased")
 
     def report(self, group: Group, report: GroupReport, spooled: Spooled | None) -> None:
         """Take the result of the attempt in force."""
         self._expect(group, "leased")
-        self._move(group, "reported")
         group.deadline = 0.0
         group.rewards, group.parts = report.rewards, report.parts
         group.prompt_length, group.lengths, group.truncated = (
@@ -176,7 +201,9 @@ class Ledger(msgspec.Struct):
         )
         group.oldest, group.newest, group.seconds = report.oldest, report.newest, report.seconds
         group.arrays, group.spooled = report.arrays, spooled
+        self._move(group, "reported")
         if group.purpose == "train":
+            self.unfiltered[group.id] = None
             self.rewards = [self.rewards[0] + sum(group.rewards), self.rewards[1] + len(group.rewards)]
 
     def requeue(self, group: Group) -> None:
@@ -186,6 +213,12 @@ class Ledger(msgspec.Struct):
         group.replica, group.incarnation, group.deadline = "", 0, 0.0
         group.rewards, group.parts, group.lengths, group.arrays = [], {}, [], []
         group.spooled, group.kept = None, False
+
+    def keep(self, group: Group) -> None:
+        """The group passed the filter."""
+        self._expect(group, "reported")
+        group.kept = True
+        self.unfiltered.pop(group.id, None)
 
     def assign(self, group: Group) -> None:
         """The group joins a batch."""
@@ -244,22 +277,38 @@ class Ledger(msgspec.Struct):
     def _move(self, group: Group, state: GroupState) -> None:
         self._unshelve(group)
         group.state = state
-        self._shelf(group)[group.id] = None
+        self._shelve(group)
 
     def _remove(self, group: Group) -> None:
         self._unshelve(group)
         del self.groups[group.id]
 
+    def _shelve(self, group: Group) -> None:
+        key = f"{group.state} {group.purpose}"
+        self.shelves.setdefault(key, {})[group.id] = None
+        if group.state in SAMPLED:
+            ages, age = self.ages.setdefault(key, {}), group.sampled_at
+            ages[age] = ages.get(age, 0) + 1
+        if group.state == "leased":
+            self.lessees.setdefault(group.replica, {})[group.id] = None
+            self.loads[group.replica] = self.load(group.replica) + group.samples
+
     def _unshelve(self, group: Group) -> None:
-        del self._shelf(group)[group.id]
+        key = f"{group.state} {group.purpose}"
+        del self.shelves[key][group.id]
+        if group.state in SAMPLED:
+            ages, age = self.ages[key], group.sampled_at
+            ages[age] -= 1
+            if not ages[age]:
+                del ages[age]
         if group.state == "leased":
             held = self.lessees[group.replica]
             del held[group.id]
+            self.loads[group.replica] -= group.samples
+            self.hungry[group.replica] = None
             if not held:
-                del self.lessees[group.replica]
-
-    def _shelf(self, group: Group) -> dict[int, None]:
-        return self.shelves.setdefault(f"{group.state} {group.purpose}", {})
+                del self.lessees[group.replica], self.loads[group.replica]
+        self.unfiltered.pop(group.id, None)
 
     def _count_discard(self, lineage: int, cause: str) -> None:
         discarded = self.book(lineage).discarded

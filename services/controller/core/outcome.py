@@ -210,10 +210,11 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """Open a new session with this rank and answer its Register."""
+    """Open a new session with this rank and answer its Register: that of the process `nonce`, and of no other."""
 
     replica: str
     rank: int
+    nonce: int
     incarnation: int
     leases: list[tuple[int, int]]
 

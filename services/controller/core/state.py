@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from services.controller.core.evaluation import Evaluation
-from services.controller.core.events import Spooled
+from services.controller.core.events import AnyEvent, Spooled
 from services.controller.core.fleet import Fleet, Replica
 from services.controller.core.hyperparameters import Hyperparameters
 from services.controller.core.ledger import Group, Ledger
@@ -23,7 +23,8 @@ from shared.messages import AnyMessage, Position
 class State(msgspec.Struct):
     """Everything the controller knows. Encodes to msgpack as it is: that is a snapshot.
 
-    `sent` remembers which orders each replica was given in its session; `progressed` is when the run last moved.
+    `sent` remembers which orders each replica was given in its session (its leases remember it themselves, as `told`);
+    `progressed` is when the run last moved.
     """
 
     ledger: Ledger
@@ -69,12 +70,18 @@ def initial_state(recipe: Recipe) -> State:
 
 
 class Turn:
-    """One event's turn: the state it changes, and the facts and effects it gathers."""
+    """One event's turn: the state it changes, and the facts and effects it gathers.
 
-    def __init__(self, state: State, recipe: Recipe) -> None:
+    `was_over` and `transfer_before` are the run's end and the weight transfer as the turn found them.
+    """
+
+    def __init__(self, state: State, recipe: Recipe, event: AnyEvent) -> None:
         self.state = state
         self.recipe = recipe
+        self.event = event
         self.outcome = Outcome()
+        self.was_over = bool(state.stages.outcome)
+        self.transfer_before = state.weights.transfer
 
     def fact(self, fact: AnyFact) -> None:
         """Put a decision on record."""

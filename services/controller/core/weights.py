@@ -31,16 +31,14 @@ class Transfer(msgspec.Struct):
     bytes: int = 0
     loaded: dict[str, str] = {}
 
-    def verdicts(self) -> dict[str, Literal["equal", "different"]]:
-        """What can be said of the receivers that have loaded, once the source's digest is known."""
-        if self.digest is None:
-            return {}
-        return {name: "equal" if digest == self.digest else "different" for name, digest in self.loaded.items()}
+    def verdict(self, receiver: str) -> Literal["equal", "different"]:
+        """Whether a receiver that has loaded holds what the source sent, once the source's digest is known."""
+        return "equal" if self.loaded[receiver] == self.digest else "different"
 
     @property
     def over(self) -> bool:
         """Whether the source and every receiver have answered."""
-        return self.digest is not None and set(self.loaded) >= set(self.receivers)
+        return self.digest is not None and len(self.loaded) == len(self.receivers)
 
 
 class Weights(msgspec.Struct):

@@ -12,9 +12,12 @@ Z95 = 1.959963984540054
 
 
 def gating_round_due(turn: Turn) -> bool:
-    """Whether a verdict on exactly the committed version must come before the next batch."""
+    """Whether a verdict on exactly the committed version must come before the next batch.
+
+    In a deterministic run every round is gating, so that the same versions are judged whoever is interrupted.
+    """
     why = _due(turn)
-    return why is not None and why != "periodic"
+    return why is not None and (why != "periodic" or turn.recipe.run.deterministic)
 
 
 def open_round(turn: Turn) -> bool:
@@ -29,12 +32,12 @@ def open_round(turn: Turn) -> bool:
         or state.stages.stopping
     ):
         return False
-    held = [r.position for r in state.fleet.ready("rollout") if r.position is not None]
-    versions = [p.version for p in held if p.lineage == state.lineage]
-    if not versions or (why != "periodic" and max(versions) != state.version):
+    version = state.fleet.newest_ready("rollout", state.lineage)
+    if version is None or (why != "periodic" and version != state.version):
         return False
     dataset = state.fleet.datasets.get(table.dataset)
-    version = max(versions)
+    if why == "periodic" and version - _last_judged(turn) < table.every:
+        return False  # the engines are about to get newer weights
     if dataset is None or state.evaluation.verdict_of(state.lineage, version) is not None:
         return False
     rows = min(table.problems, dataset.length)
@@ -51,9 +54,7 @@ def cancel_round(turn: Turn) -> bool:
     state, judged = turn.state, turn.state.evaluation.round
     if judged is None or state.version == judged.version:
         return False
-    wanted = (judged.lineage, judged.version)
-    live = [r.position for r in state.fleet.live("rollout") if r.position is not None]
-    if any((p.lineage, p.version) == wanted for p in live):
+    if state.fleet.anyone_holds("rollout", judged.lineage, judged.version):
         return False
     drop_round(turn, "round_cancelled")
     return True
@@ -93,7 +94,8 @@ def close_round(turn: Turn) -> bool:
         )
     )
     rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
-    if verdict.why == "rule" and rule is not None and verdict.accuracy >= rule.accuracy:
+    asked = verdict.why == "rule" and verdict.stage == state.stages.name  # a later stage is not ended by this rule
+    if asked and rule is not None and verdict.accuracy >= rule.accuracy:
         state.stages.rule_met = True
     return True
 
@@ -121,6 +123,11 @@ def _due(turn: Turn) -> Why | None:
         return None if known else "last"
     if done == 0:
         return None if known else "first"
+    return "periodic" if state.version - _last_judged(turn) >= table.every else None
+
+
+def _last_judged(turn: Turn) -> int:
+    """The newest version that was judged in this lineage, or where the stage began."""
+    state = turn.state
     judged = [v.version for v in state.evaluation.verdicts if v.lineage == state.lineage]
-    last = max(judged, default=state.stages.began)
-    return "periodic" if state.version - last >= table.every else None
+    return max(judged, default=state.stages.began)

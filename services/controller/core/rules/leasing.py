@@ -7,6 +7,8 @@ worth of groups can ever be due at one version, whatever the replicas lag.
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heapreplace
+
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
 from services.controller.core.outcome import Discarded, Issued, Leased, Requeued
@@ -27,76 +29,123 @@ def lease_groups(turn: Turn) -> bool:
     state = turn.state
     if state.stages.outcome or state.stages.stopping:
         return False
-    leased = False
-    for replica in state.fleet.ready("rollout"):
-        leased |= _lease_evaluation(turn, replica)
+    leased = _lease_evaluation(turn)
     if state.stages.name == "sft" and not state.stages.rule_met:
         for replica in state.fleet.ready("policy")[:1]:
             ahead = turn.trained() + SFT_AHEAD * turn.table.batch_size
-            leased |= _lease_training(turn, replica, "sft", 1, ahead, None)
+            limit = min(ahead, turn.table.batches * turn.table.batch_size)
+            leased |= _lease_training(turn, replica, "sft", 1, limit, None)
     if state.stages.name == "train" and turn.recipe.train is not None:
-        if turn.recipe.run.deterministic and state.ledger.having("leased", "train"):
-            return leased  # one wave at a time, so that its composition is the same in every run
-        by_load = sorted(state.fleet.ready("rollout"), key=lambda r: (_running(turn, r), r.name))
-        samples = state.hyperparameters.whole("train.samples")
-        for replica in by_load:
-            leased |= _lease_rollout(turn, replica, samples)
+        if turn.recipe.run.deterministic and _wave_under_way(turn):
+            return leased  # one at a time, and no judging in the same message: its composition is the same in every run
+        newest = state.fleet.newest_ready("rollout", state.lineage)
+        if newest is not None and _slot_is_free(turn, newest):  # if not for the newest weights, then for nobody
+            leased |= _lease_evenly(turn, newest, state.hyperparameters.whole("train.samples"))
+    return leased
+
+
+def _takers(turn: Turn) -> list[Replica]:
+    """Ready rollouts with room, by name; the others are struck off the list of the hungry."""
+    state = turn.state
+    if turn.recipe.run.deterministic:
+        return state.fleet.ready("rollout")  # a wave asks for no room
+    found = []
+    for name in sorted(state.ledger.hungry):
+        replica = state.fleet.replicas[name]
+        if replica.role == "rollout" and replica.state == "ready" and replica.confirmed and _room(turn, replica) > 0:
+            found.append(replica)
+        else:
+            del state.ledger.hungry[name]
+    return found
+
+
+def _lease_evenly(turn: Turn, newest: int, samples: int) -> bool:
+    """One group after the other, each to the replica that has the least to do of those that may take it."""
+    takers = _takers(turn)
+    held = {replica.position for replica in takers if replica.position is not None}
+    free = {position for position in held if _slot_is_free(turn, position.version)}
+    heap = [(_running(turn, replica), replica.name) for replica in takers if replica.position in free]
+    heapify(heap)
+    leased = False
+    while heap and _slot_is_free(turn, newest):
+        replica = turn.state.fleet.replicas[heap[0][1]]
+        if _lease_rollout(turn, replica, samples):
+            heapreplace(heap, (_running(turn, replica), replica.name))
+            leased = True
+        else:
+            heappop(heap)
     return leased
 
 
 def _lease_rollout(turn: Turn, replica: Replica, samples: int) -> bool:
     state, held = turn.state, replica.position
-    if held is None or held.lineage != state.lineage:
+    if held is None or held.lineage != state.lineage or not _slot_is_free(turn, held.version):
         return False
-    base = state.version + len(state.steps.pending) + (state.steps.batch is not None)
-    if base - held.version > turn.bound:
-        return False
-    ahead = (turn.bound + held.version - state.stages.began + 1) * turn.table.batch_size
+    limit = _limit(turn, held.version)
     if turn.recipe.run.deterministic:
         state.ledger.wave += 1
-        return _lease_training(turn, replica, "train", samples, ahead, None)
-    room = turn.recipe.rollout.slots * AHEAD - _running(turn, replica)
-    return _lease_training(turn, replica, "train", samples, ahead, max(room, 0))
+        return _lease_training(turn, replica, "train", samples, limit, None)
+    return _room(turn, replica) > 0 and _lease_training(turn, replica, "train", samples, limit, 1)
 
 
-def _lease_training(turn: Turn, replica: Replica, purpose: Purpose, samples: int, ahead: int, room: int | None) -> bool:
-    """Lease queued groups, then newly drawn ones, while `ahead` groups hold slots and `room` sequences are free."""
+def _slot_is_free(turn: Turn, version: int) -> bool:
+    """Whether a replica that holds `version` may get more: its tokens would be trained in time, and it is not paced."""
     state = turn.state
-    queued = state.ledger.having("queued", purpose)
-    limit = min(ahead, turn.table.batches * turn.table.batch_size)
-    admitted = turn.trained() + state.ledger.accepted_and_running(purpose) - len(queued)
-    leased = False
-    while admitted < limit and (room is None or room > 0):
+    base = state.version + len(state.steps.pending) + (state.steps.batch is not None)
+    return base - version <= turn.bound and _admitted(turn, "train") < _limit(turn, version)
+
+
+def _limit(turn: Turn, version: int) -> int:
+    """How many groups of the stage may be admitted before a replica that holds `version` gets no more."""
+    ahead = (turn.bound + version - turn.state.stages.began + 1) * turn.table.batch_size
+    return min(ahead, turn.table.batches * turn.table.batch_size)
+
+
+def _admitted(turn: Turn, purpose: Purpose) -> int:
+    """Groups of the stage that were trained, hold a slot or run; queued ones are yet to be admitted."""
+    ledger = turn.state.ledger
+    return turn.trained() + ledger.accepted_and_running(purpose) - ledger.count("queued", purpose)
+
+
+def _lease_training(turn: Turn, replica: Replica, purpose: Purpose, samples: int, limit: int, most: int | None) -> bool:
+    """Lease queued groups, then newly drawn ones, while fewer than `limit` are admitted; at most `most` of them."""
+    queued = turn.state.ledger.having("queued", purpose)
+    admitted = _admitted(turn, purpose)
+    leased = 0
+    while admitted + leased < limit and leased != most:
         group = queued.pop(0) if queued else _draw(turn, purpose, samples)
         if group is None:
             break
         _lease(turn, group, replica)
-        admitted += 1
-        leased = True
-        if room is not None:
-            room -= group.samples
-    return leased
+        leased += 1
+    return leased > 0
 
 
-def _lease_evaluation(turn: Turn, replica: Replica) -> bool:
-    state, held = turn.state, replica.position
-    judged = state.evaluation.round
-    if judged is None or held is None or (held.lineage, held.version) != (judged.lineage, judged.version):
+def _lease_evaluation(turn: Turn) -> bool:
+    """Lease the rows of the open round to replicas that hold its version, each to the one with the most room."""
+    state, judged = turn.state, turn.state.evaluation.round
+    if judged is None or not state.ledger.count("queued", "eval"):
         return False
-    transfer = state.weights.transfer
-    if transfer is not None and replica.name in transfer.receivers:
-        return False
-    room = turn.recipe.rollout.slots * AHEAD - _running(turn, replica)
+    judges = [replica for replica in _takers(turn) if _may_judge(turn, replica)]
+    room = {replica.name: _room(turn, replica) for replica in judges}
     if turn.recipe.run.deterministic:
-        room = judged.rows
+        room = {replica.name: judged.rows for replica in judges}  # all in one message
     leased = False
     for group in state.ledger.having("queued", "eval"):
-        if room <= 0:
+        name = min(room, key=lambda name: (-room[name], name), default="")
+        if not name or room[name] <= 0:
             break
-        _lease(turn, group, replica)
-        room -= group.samples
+        _lease(turn, group, state.fleet.replicas[name])
+        room[name] -= group.samples
         leased = True
     return leased
+
+
+def _may_judge(turn: Turn, replica: Replica) -> bool:
+    judged, held, transfer = turn.state.evaluation.round, replica.position, turn.state.weights.transfer
+    if judged is None or held is None or (held.lineage, held.version) != (judged.lineage, judged.version):
+        return False
+    return transfer is None or replica.name not in transfer.receivers
 
 
 def _draw(turn: Turn, purpose: Purpose, samples: int) -> Group | None:
@@ -186,4 +235,15 @@ def _revoke(turn: Turn, lessee: str, incarnation: int, group: Group, cause: str)
 
 
 def _running(turn: Turn, replica: Replica) -> int:
-    return sum(group.samples for group in turn.state.ledger.held_by(replica.name))
+    return turn.state.ledger.load(replica.name)
+
+
+def _room(turn: Turn, replica: Replica) -> int:
+    """Sequences that a replica may still be leased."""
+    return turn.recipe.rollout.slots * AHEAD - _running(turn, replica)
+
+
+def _wave_under_way(turn: Turn) -> bool:
+    """Whether a deterministic run has training or judging under way or about to begin."""
+    count = turn.state.ledger.count
+    return count("leased", "train") + count("leased", "eval") + count("queued", "eval") > 0

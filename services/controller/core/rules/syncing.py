@@ -13,7 +13,7 @@ from services.controller.core.rules.judging import gating_round_due
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.state import Turn
 from services.controller.core.weights import Transfer
-from shared.messages import MeshMember, Position, RevokeMesh
+from shared.messages import MeshMember, RevokeMesh
 
 
 def sync_weights(turn: Turn) -> bool:
@@ -23,15 +23,14 @@ def sync_weights(turn: Turn) -> bool:
         return False
     if state.stages.name == "sft" and not gating_round_due(turn):
         return False  # nobody samples while worked answers are learnt: engines need weights only to be judged
+    mesh, judged = state.meshes.of("weights"), state.evaluation.round
+    if (mesh is not None and mesh.state != "formed") or (judged is not None and judged.version != state.version):
+        return False
     source = next((r for r in state.fleet.ready("policy") if r.position == state.lineages.committed), None)
-    wanted = _wanted(turn)
-    judged = state.evaluation.round
-    if source is None or not wanted or (judged is not None and judged.version != state.version):
+    wanted = state.fleet.behind(state.lineages.committed) if source is not None else []
+    if source is None or not wanted:
         return False
-    mesh = state.meshes.of("weights")
     members = [_member(replica) for replica in (source, *wanted)]
-    if mesh is not None and mesh.state != "formed":
-        return False
     if mesh is not None and mesh.members == members:
         _start(turn, mesh, source, wanted)
         return True
@@ -63,7 +62,7 @@ def weights_sent(turn: Turn, digest: str, size: int) -> None:
     transfer = turn.state.weights.transfer
     assert transfer is not None
     transfer.digest, transfer.bytes = digest, size
-    _compare(turn, transfer)
+    _compare(turn, transfer, list(transfer.loaded))
 
 
 def weights_loaded(turn: Turn, replica: str, digest: str) -> None:
@@ -71,7 +70,7 @@ def weights_loaded(turn: Turn, replica: str, digest: str) -> None:
     transfer = turn.state.weights.transfer
     assert transfer is not None
     transfer.loaded[replica] = digest
-    _compare(turn, transfer)
+    _compare(turn, transfer, [replica])
 
 
 def weights_failed(turn: Turn, cause: str) -> None:
@@ -81,30 +80,36 @@ def weights_failed(turn: Turn, cause: str) -> None:
     revoke_mesh(turn, transfer.epoch, cause, failed=True)
 
 
-def _compare(turn: Turn, transfer: Transfer) -> None:
+def _compare(turn: Turn, transfer: Transfer, names: list[str]) -> None:
+    """Judge receivers that have loaded, once the source's digest is known."""
     state = turn.state
-    for name, verdict in transfer.verdicts().items():
-        replica = state.fleet.replicas[name]
+    for name in names if transfer.digest is not None else ():
+        replica, verdict = state.fleet.replicas[name], transfer.verdict(name)
         if not replica.live or replica.position == transfer.position:
             continue
         if verdict == "different":
-            state.weights.mismatches += 1
-            replica.position = None
+            state.fleet.hold(replica, None)
             if replica.state == "ready":
                 state.fleet.move(replica, "stale", state.now)
             for group in state.ledger.held_by(name):
                 if group.state == "leased":
                     give_back(turn, group, f"{name} holds weights with a wrong digest")
             continue
-        replica.position = transfer.position
+        state.fleet.hold(replica, transfer.position)
         if replica.state == "stale":
             state.fleet.move(replica, "ready", state.now)
+        state.ledger.hungry[name] = None
         turn.progress()
         turn.fact(Synced(name, transfer.position.lineage, transfer.position.version, transfer.digest or ""))
     if transfer.over:
         state.weights.last_seconds = state.now - transfer.began
         state.weights.last_bytes = transfer.bytes
         state.weights.transfer = None
+        wrong = [name for name in transfer.loaded if transfer.verdict(name) == "different"]
+        if wrong:  # over the same mesh, the members would take another try for a repetition of this one
+            state.weights.mismatches += len(wrong)
+            cause = f"{', '.join(wrong)} loaded weights with a wrong digest"
+            revoke_mesh(turn, transfer.epoch, cause, failed=True)
 
 
 def _start(turn: Turn, mesh: Mesh, source: Replica, receivers: list[Replica]) -> None:
@@ -125,17 +130,6 @@ def _at_rest(turn: Turn) -> bool:
     if steps.step is not None and steps.step.state == "committed":
         return False
     return steps.batch is None or steps.batch.index == 0
-
-
-def _wanted(turn: Turn) -> list[Replica]:
-    """Replicas whose engine stands and doesn't hold the committed version."""
-    committed = turn.state.lineages.committed
-    loaded = [r for r in turn.state.fleet.live("rollout") if r.state in ("stale", "ready") and r.confirmed]
-    return [r for r in loaded if not _same_weights(r.position, committed)]
-
-
-def _same_weights(held: Position | None, committed: Position) -> bool:
-    return held is not None and (held.lineage, held.version) == (committed.lineage, committed.version)
 
 
 def _member(replica: Replica) -> MeshMember:

@@ -27,18 +27,17 @@ def filter_groups(turn: Turn) -> bool:
     state, train = turn.state, turn.recipe.train
     if train is None or not train.filter_equal_rewards or state.stages.name != "train":
         return False
-    if turn.recipe.run.deterministic and (
-        state.ledger.having("leased", "train") or state.ledger.having("queued", "train")
-    ):
+    ledger = state.ledger
+    if turn.recipe.run.deterministic and (ledger.count("leased", "train") or ledger.count("queued", "train")):
         return False
-    fresh = [group for group in state.ledger.having("reported", "train") if not group.kept]
+    fresh = ledger.fresh()
     for group in fresh:
         if all_equal(group.rewards):
             state.ledger.discard(group, state.lineage, "equal_rewards")
             turn.fact(Discarded(state.lineage, group.id, "equal_rewards"))
             state.stages.filtered_in_a_row += 1
         else:
-            group.kept = True
+            ledger.keep(group)
             state.stages.filtered_in_a_row = 0
     if state.stages.filtered_in_a_row >= train.filter_limit * train.batch_size:
         state.stages.finish(
@@ -87,12 +86,17 @@ def _choose(turn: Turn) -> list[Group] | None:
         first = sorted((group for kind in WAITING for group in state.ledger.having(kind, "sft")), key=_id)[:size]
         return first if len(first) == size and all(g.state == "reported" for g in first) else None
     due = state.version - turn.bound
-    reported = [g for g in state.ledger.having("reported", "train") if g.kept or not _filters(turn)]
-    for group in [g for g in reported if g.oldest < due]:
-        _discard_stale(turn, group)
-        reported.remove(group)
-    if any(g.version <= due for g in state.ledger.having("leased", "train")):
+    oldest = state.ledger.oldest("reported", "train")
+    if oldest is not None and oldest < due:
+        for group in _filtered(turn):
+            if group.oldest < due:
+                _discard_stale(turn, group)
+    running = state.ledger.oldest("leased", "train")
+    if running is not None and running <= due:
         return None  # this batch is the last that may take them: wait, until their lease deadline at most
+    if state.ledger.count("reported", "train") < size:
+        return None
+    reported = _filtered(turn)
     if len(reported) < size:
         return None
     chosen = sorted(reported, key=lambda g: (g.oldest, g.id))[:size]
@@ -191,13 +195,13 @@ def reject_step(turn: Turn) -> None:
             f"{NONFINITE_LIMIT} steps in a row had gradients not finite, at step {state.lineages.committed.step}: "
             "lower the learning rate, check the rewards and the data, and resume from the last checkpoint",
         )
-    elif not batch.plan:
+    if not batch.plan:
         state.steps.batch = None
     elif batch.over:
         before, now = state.lineages.committed, state.lineages.end_batch()
         for replica in state.fleet.live("policy"):
             if replica.position == before:  # the same weights under their new version
-                replica.position = now
+                state.fleet.hold(replica, now)
         _finish_batch(turn, batch)
 
 
@@ -301,12 +305,14 @@ def _share(groups: list[Group], members: list[Replica]) -> dict[str, list[int]]:
 
 
 def _too_old(turn: Turn, least: int) -> bool:
-    live = [*turn.state.ledger.having("leased", "train"), *turn.state.ledger.having("reported", "train")]
-    return any(group.sampled_at < least for group in live)
+    ages = (turn.state.ledger.oldest("leased", "train"), turn.state.ledger.oldest("reported", "train"))
+    return any(age is not None and age < least for age in ages)
 
 
-def _filters(turn: Turn) -> bool:
-    return turn.recipe.train is not None and turn.recipe.train.filter_equal_rewards
+def _filtered(turn: Turn) -> list[Group]:
+    """Reported groups that may be trained on, by id."""
+    filters = turn.recipe.train is not None and turn.recipe.train.filter_equal_rewards
+    return [group for group in turn.state.ledger.having("reported", "train") if group.kept or not filters]
 
 
 def _discard_stale(turn: Turn, group: Group) -> None:
