@@ -1,0 +1,315 @@
+"""The rules, checked after every event. Whatever breaks one raises `Violation`.
+
+Four sources are held against each other: the core's state, the facts that it journals (folded by the audit's own code),
+what is durable, and what the model replicas really hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from services.controller.audit import Auditor
+from services.controller.core.core import Core
+from services.controller.core.events import AnyEvent, MessageReceived, ReplicaLost, ReplicaRegistered, TermBegan
+from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined
+from services.controller.journal import Journal
+from services.controller.spool import Spool
+from shared.messages import AnyMessage, CommitStep, Envelope, Position, Registered, TrainStep
+from tests.simulation.payload import Sampled
+from tests.simulation.plan import Plan
+from tests.simulation.world import Violation, World
+
+if TYPE_CHECKING:
+    from tests.simulation.faults import Fault
+    from tests.simulation.fleet import Fleet
+    from tests.simulation.process import Rank
+
+MOST_EVENTS = 40_000
+MOST_RECORDS_AT_ONCE = 600
+_ENCODER = msgspec.msgpack.Encoder()
+REVOKE_S = 3.0
+"""A member that is connected must have heard of a revoke after this."""
+
+
+class Checks:
+    """Everything that is known of the run, from outside."""
+
+    def __init__(self, world: World, plan: Plan) -> None:
+        self.world, self.plan = world, plan
+        self.fleet: Fleet | None = None
+        self.auditor = Auditor()
+        self.terms: dict[int, None] = {}
+        self.records = 0
+        self.unwillingness = 0
+        self._durable = 0
+        self._committed: dict[tuple[int, int, int], int] = {}
+        self._assigned: dict[int, int] = {}
+        self._joined: dict[tuple[str, int], int] = {}
+        self._processes: dict[tuple[str, int, int], int] = {}
+        self._by_step: dict[tuple[int, int], str] = {}
+        self._by_version: dict[tuple[int, int], str] = {}
+        self._held: dict[tuple[int, Position], str] = {}
+        self._revoked: dict[int, float] = {}
+        self._taken: dict[bytes, set[bytes]] = {}
+
+    def broken(self, text: str) -> None:
+        """A rule is broken."""
+        raise Violation(f"at {self.world.now:.3f} s: {text}")
+
+    # --- the controller -----------------------------------------------------------------------------------------------
+
+    def opened(self, core: Core, journal: Journal, spool: Spool) -> None:
+        """A new process has replayed the journal: what was durable must all be there, and its payloads too."""
+        if journal.number < self._durable:
+            self.broken(f"record {self._durable} was durable, but the journal ends with {journal.number}")
+        self.auditor = Auditor()
+        for number, body in journal._records():
+            self.auditor.take(number, msgspec.msgpack.decode(body))
+        self._check_audit()
+        self._committed = {key: number for key, number in self._committed.items() if number <= journal.number}
+        self._assigned = {key: number for key, number in self._assigned.items() if number <= journal.number}
+        self._joined = {key: number for key, number in self._joined.items() if number <= journal.number}
+        self._durable = self.records = journal.number
+        for group in core.state.ledger.groups.values():
+            if group.spooled is not None:
+                spool.read(group.spooled)
+        self._check_books(core)
+
+    def stepped(self, core: Core, number: int, event: AnyEvent, facts: list[AnyFact]) -> None:
+        """The core took an event."""
+        self.records = number
+        if number > MOST_EVENTS:
+            self.broken(f"{number} records: the journal grows without end")
+        told = {"type": "term_began", "term": event.term} if isinstance(event, TermBegan) else {"type": "other"}
+        self.auditor.take(number, {"event": told, "facts": msgspec.to_builtins(facts)})
+        if self.world.tracing:
+            self._trace(event, facts)
+        for fact in facts:
+            if isinstance(fact, Committed):
+                self._committed[fact.lineage, fact.step, fact.attempt] = number
+                assert self.fleet is not None
+                self.fleet.committed()
+            elif isinstance(fact, Assigned):
+                if self._assigned.setdefault(fact.attempt, number) != number:
+                    self.broken(f"attempt {fact.attempt} at a step was assigned before, in record {self._assigned[fact.attempt]}")
+            elif isinstance(fact, Joined):
+                self._joined[fact.replica, fact.incarnation] = number
+        self._check_audit()
+        self._check_books(core)
+        self._check_fleet(core)
+        self._check_bounds(core)
+
+    def rested(self, core: Core, now: float) -> None:
+        """The controller has let everything out: somebody must be due to wake it."""
+        state = core.state
+        if state.stages.outcome:
+            return
+        deadline = core.next_deadline()
+        timeouts = self.plan.recipe.timeouts
+        longest = max(timeouts.stall_s, timeouts.load_s, timeouts.lease_s, timeouts.step_s, timeouts.checkpoint_s)
+        if not math.isfinite(deadline) or deadline > state.now + longest + 1.0:
+            self.broken(f"the next deadline is {deadline - state.now:.1f} s away")
+        self._check_meshes(core, now)
+
+    def durable(self, number: int) -> None:
+        """The journal is on the disk up to here."""
+        self._durable = max(self._durable, number)
+
+    def leaves(self, name: str, envelope: Envelope, durable: int) -> None:
+        """A message leaves a controller: what it follows from must be durable."""
+        match envelope.body:
+            case CommitStep(step=step, attempt=attempt, lineage=lineage):
+                number = self._committed.get((lineage, step, attempt))
+                if number is None or number > durable:
+                    self.broken(f"{name} sends a commit of step {step} attempt {attempt} that is not durable")
+            case Registered():
+                if envelope.term not in self.terms:
+                    self.terms[envelope.term] = None
+                if envelope.term < max(self.terms) and durable < 1:
+                    self.broken(f"{name} welcomes in term {envelope.term} without a journal")
+
+    def taken(self, peer: bytes, message: AnyMessage) -> None:
+        """A controller has looked at a reliable message."""
+        self._taken.setdefault(peer, set()).add(_ENCODER.encode(message))
+
+    # --- the replicas -------------------------------------------------------------------------------------------------
+
+    def welcomed(self, process: Rank, incarnation: int, term: int) -> None:
+        """A rank got its incarnation: nobody else may ever have had it."""
+        key = (process.replica, process.rank, incarnation)
+        nonce = self._processes.setdefault(key, process.nonce)
+        if nonce != process.nonce:
+            self.broken(f"{process.name} is welcomed as incarnation {incarnation}, which process {nonce} had")
+        number = self._joined.get((process.replica, incarnation))
+        if number is None or number > self._durable:
+            self.broken(f"{process.name} was welcomed as incarnation {incarnation}, which is not in the journal")
+
+    def acknowledged(self, process: Rank, message: AnyMessage) -> None:
+        """A rank will not say this again: a controller must have taken it."""
+        if _ENCODER.encode(message) not in self._taken.get(process.link.peer, ()):
+            self.broken(f"{process.name} was told that {message} had arrived, which no controller has taken")
+
+    def holds_state(self, name: str, nonce: int, position: Position, chain: str) -> None:
+        """A policy has this state: whoever had the same position had the same state."""
+        known = self._by_step.setdefault((position.lineage, position.step), chain)
+        if known != chain:
+            self.broken(f"{name} holds {position} as {chain}, but it is {known}")
+        self._held[nonce, position] = chain
+        self._by_version.setdefault((position.lineage, position.version), chain)  # the first step that has it began it
+
+    def loaded_weights(self, nonce: int, position: Position, chain: str) -> None:
+        """A rollout's engine has these weights."""
+        self._held[nonce, position] = chain
+
+    def assigned(self, name: str, step: TrainStep, sampled: list[Sampled]) -> None:
+        """A policy was given a step: the payload must be of its groups, no staler than the bound, of true weights."""
+        if [(s.group, s.attempt) for s in sampled] != [(g.group, g.attempt) for g in step.groups]:
+            self.broken(f"{name}: step {step.step} names {step.groups}, the payload is of {sampled}")
+        if step.stage != "train" or self.plan.recipe.train is None:
+            return
+        for each in sampled:
+            staleness = step.position.version - min(each.chains)
+            if staleness > self.plan.recipe.train.max_staleness:
+                self.broken(f"{name}: group {each.group} is {staleness} versions stale in step {step.step}")
+            for version, chain in each.chains.items():
+                true = [self._by_version.get((ln, version)) for ln in range(1, step.position.lineage + 1)]
+                if chain not in true:
+                    self.broken(f"group {each.group} was sampled with {chain} as version {version}, true are {true}")
+
+    def unwilling(self, name: str, cause: str) -> None:
+        """A policy was given an order that it could not obey."""
+        self.unwillingness += 1
+        self.broken(f"{name} cannot obey: {cause}")
+
+    def finished(self, core: Core, version: int) -> None:
+        """The run is complete: everything that was to be trained is, and is on record."""
+        audit = self.auditor.audit
+        if audit.outcome != "complete" or not audit.clean:
+            self.broken(f"the run ended, the audit says: {audit.lines()}")
+        recipe, state = self.plan.recipe, core.state
+        least = self.plan.batches
+        if recipe.sft is not None and recipe.sft.stop is not None:
+            least -= recipe.sft.batches
+        if not least <= version <= self.plan.batches:
+            self.broken(f"complete at version {version}, the recipe wants {least} to {self.plan.batches}")
+        assert self.fleet is not None
+        lines = self.fleet.outputs.lines
+        missing = [(ln, step) for ln, book in audit.books.items() for step in book.steps if (ln, step) not in lines]
+        if missing:
+            self.broken(f"metrics.jsonl lacks (lineage, step) {missing}")
+        settled = state.lineages.settled
+        chain = self.fleet.folder.load(state.lineages.path, settled)
+        if chain is None or chain != self._by_step[settled.lineage, settled.step]:
+            self.broken(f"the last checkpoint {state.lineages.path} holds {chain}, not {settled}")
+
+    def last_chain(self, position: Position) -> str:
+        """The state at a position."""
+        return self._by_step[position.lineage, position.step]
+
+    def comparable(self, schedule: Sequence[Fault]) -> bool:
+        """Whether this run must end in the same state as one without faults."""
+        changed = any(fault.kind in ("nan", "change") for fault in schedule)
+        causes = {cause for book in self.auditor.audit.books.values() for cause in book.discarded.values()}
+        return self.plan.recipe.run.deterministic and not changed and "attempts" not in causes
+
+    def _trace(self, event: AnyEvent, facts: list[AnyFact]) -> None:
+        match event:
+            case MessageReceived(replica=who, body=body):
+                told = f"{type(body).__name__} of {who}: " + _brief(body)
+            case ReplicaRegistered(register=register):
+                told = f"Register of {register.replica}/{register.rank}, holds {register.holds}"
+            case ReplicaLost(replica=who, cause=cause):
+                told = f"lost {who}: {cause}"
+            case _:
+                told = type(event).__name__
+        self.world.say(f"  {self.records:5d} {told}")
+        for fact in facts:
+            self.world.say(f"          -> {type(fact).__name__}: {_brief(fact)}")
+
+    # --- what must always hold ----------------------------------------------------------------------------------------
+
+    def _check_audit(self) -> None:
+        if not self.auditor.audit.clean:
+            self.broken(f"audit: {self.auditor.audit.faults[0]}")
+
+    def _check_books(self, core: Core) -> None:
+        """The ledger's own books and the audit's, from facts alone, say the same; only the lineage in force is open."""
+        ledger, lineage = core.state.ledger, core.state.lineage
+        open_now = sum(group.state != "consumed" for group in ledger.groups.values())
+        for number, book in ledger.books.items():
+            expected = open_now if number == lineage else 0
+            if book.issued != book.consumed + sum(book.discarded.values()) + expected:
+                self.broken(f"books of lineage {number} don't balance: {book}, open {expected}")
+            facts = self.auditor.audit.books.get(number)
+            found = (len(facts.issued), len(facts.consumed), len(facts.discarded)) if facts else (0, 0, 0)
+            if found != (book.issued, book.consumed, sum(book.discarded.values())):
+                self.broken(f"books of lineage {number}: the ledger says {book}, the facts say {found}")
+
+    def _check_fleet(self, core: Core) -> None:
+        """Nobody has work, or a state, that it may not have."""
+        state = core.state
+        fleet = state.fleet
+        for group in state.ledger.having("leased"):
+            if not fleet.is_current(group.replica, group.incarnation):
+                self.broken(f"group {group.id} is leased to {group.replica}#{group.incarnation}, which is gone")
+        for replica in fleet.live():
+            if replica.state in ("joining", "loading") and replica.confirmed and replica.deadline is None:
+                self.broken(f"{replica.name} is {replica.state} without a deadline")
+            if replica.state == "ready":
+                held = replica.position
+                chain = self._held.get((replica.nonces[0], held)) if held is not None else None
+                if held is None or (chain is None and not self._renamed(replica.nonces[0], held)):
+                    self.broken(f"{replica.name} is ready with {held}, which it never held")
+                elif replica.role == "rollout" and held.lineage == state.lineage:
+                    true = self._by_version.get((held.lineage, held.version))
+                    if true != chain:
+                        self.broken(f"{replica.name} is ready with {held} as {chain}, but that is {true}")
+        committed = state.lineages.committed
+        if committed.step < state.lineages.settled.step or committed.version < state.lineages.settled.version:
+            self.broken(f"committed {committed} is behind settled {state.lineages.settled}")
+
+    def _renamed(self, nonce: int, position: Position) -> bool:
+        """The same weights under the version that followed when the rest of a batch was struck off."""
+        return any(
+            known == nonce and (held.lineage, held.step) == (position.lineage, position.step)
+            for known, held in self._held
+        )
+
+    def _check_bounds(self, core: Core) -> None:
+        """Memory is bounded: groups, meshes, what is remembered of orders, what waits in channels."""
+        state, recipe = core.state, self.plan.recipe
+        if recipe.train is not None:
+            waiting = sum(state.ledger.count(kind, "train") for kind in ("queued", "leased", "reported"))
+            redone = sum(len(batch.groups) for batch in (*state.steps.unsettled, *state.steps.pending))
+            most = (recipe.train.max_staleness + 1) * recipe.train.batch_size + redone
+            if waiting > most:
+                self.broken(f"{waiting} groups wait for training, the bound is {most}")
+        if len(state.meshes.meshes) > 2:
+            self.broken(f"{len(state.meshes.meshes)} meshes live")
+        for name, keys in state.sent.items():
+            if len(keys) > 100:
+                self.broken(f"{len(keys)} orders of {name} are remembered")
+
+    def _check_meshes(self, core: Core, now: float) -> None:
+        """Whoever uses a mesh that was revoked hears of it soon."""
+        assert self.fleet is not None
+        live = core.state.meshes.meshes
+        for process, using in self.fleet.mesh_users():
+            for epoch, since in using.items():
+                if epoch in live:
+                    self._revoked.pop(epoch, None)
+                    continue
+                heard = self._revoked.setdefault(epoch, now)
+                if now - max(heard, since) > REVOKE_S and self.fleet.undisturbed(process, max(heard, since)):
+                    self.broken(f"{process.name} is still in the mesh of epoch {epoch}, revoked {now - heard:.1f} s ago")
+
+
+def _brief(what: object) -> str:
+    """The scalars of a message or fact, for a person."""
+    fields = msgspec.structs.asdict(what)  # type: ignore[arg-type]
+    short = {k: v for k, v in fields.items() if isinstance(v, int | float | str | Position) or k == "groups"}
+    return ", ".join(f"{k} {v}" for k, v in short.items() if not isinstance(v, list) or all(type(x) is int for x in v))

@@ -1,0 +1,345 @@
+"""Deliberate bugs: each is a small change to the product, and some seed must catch it.
+
+`python -m tests.simulation.mutants [NAME ...]` looks for the first seed that catches each, to fill `CAUGHT_BY`. The
+change is made in a copy of the product in a temporary folder, in which the simulator then runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(os.environ.get("MUTATE_ROOT") or Path(__file__).resolve().parents[2])
+CORE = "services/controller/core"
+MOST_SEEDS = 500
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In each of `edits`, (file, old, new), the old text becomes the new; `seed` is the first one that catches it."""
+
+    name: str
+    seed: int
+    edits: tuple[tuple[str, str, str], ...]
+
+
+MUTANTS = [
+    Mutant(
+        "ready when the transfer is ordered",
+        -1,
+        (
+            (
+                f"{CORE}/rules/syncing.py",
+                "        began=state.now,\n    )\n",
+                "        began=state.now,\n    )\n"
+                "    for replica in receivers:\n"
+                "        state.fleet.hold(replica, state.lineages.committed)\n"
+                "        state.fleet.move(replica, 'ready', state.now)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "settled when the checkpoint is ordered",
+        -1,
+        (
+            (
+                f"{CORE}/rules/saving.py",
+                "SavePoint(writer.name, state.lineages.committed, export, until)\n",
+                "SavePoint(writer.name, state.lineages.committed, export, until)\n"
+                "    state.lineages.settled = state.lineages.committed\n"
+                "    state.lineages.path = f'checkpoints/{state.lineages.committed.step}'\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a report of any attempt is taken",
+        -1,
+        (
+            (
+                f"{CORE}/refusals.py",
+                "if group is None or group.attempt != message.attempt:",
+                "if group is None:",
+            ),
+            (
+                f"{CORE}/refusals.py",
+                "if (group.replica, group.incarnation) != (replica.name, replica.incarnation):",
+                "if False:",
+            ),
+        ),
+    ),
+    Mutant(
+        "a step is assigned again under the same attempt",
+        -1,
+        ((f"{CORE}/steps.py", "        self.attempt += 1\n", "        self.attempt = max(self.attempt, 1)\n"),),
+    ),
+    Mutant(
+        "weights of another lineage count as the same",
+        -1,
+        (
+            (
+                f"{CORE}/fleet.py",
+                'current = f" {_weights(committed)}"',
+                'current = f"/{committed.version}"',
+            ),
+        ),
+    ),
+    Mutant(
+        "the leases of a lost replica are forgotten",
+        -1,
+        (
+            (
+                f"{CORE}/rules/losing.py",
+                "    for group in state.ledger.held_by(replica.name):\n",
+                "    for group in []:\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "leased again under the same attempt",
+        -1,
+        ((f"{CORE}/ledger.py", "        group.attempt += 1\n", "        group.attempt = 1\n"),),
+    ),
+    Mutant(
+        "acknowledged before it is on the disk",
+        -1,
+        (
+            (
+                "services/controller/shell.py",
+                "self._decided.durable[incoming.peer] = (envelope.sequence, incoming.session)",
+                "self._bus.durable(incoming.peer, envelope.sequence, incoming.session)",
+            ),
+        ),
+    ),
+    Mutant(
+        "payloads are not synced",
+        -1,
+        (("services/controller/shell.py", "        self._spool.flush()\n", ""),),
+    ),
+    Mutant(
+        "committed before the vote",
+        -1,
+        (
+            (
+                f"{CORE}/rules/training.py",
+                "not all(step.votes.get(n) for n in step.shares)",
+                "any(not vote for vote in step.votes.values())",
+            ),
+        ),
+    ),
+    Mutant(
+        "ready whatever the digest",
+        -1,
+        ((f"{CORE}/weights.py", '"equal" if self.loaded[receiver] == self.digest else "different"', '"equal"'),),
+    ),
+    Mutant(
+        "a discarded group keeps its slot",
+        -1,
+        (
+            (
+                f"{CORE}/ledger.py",
+                "        self._count_discard(lineage, cause)\n        self._remove(group)\n",
+                "        self._count_discard(lineage, cause)\n"
+                "        self._move(group, 'consumed') if group.state == 'leased' else self._remove(group)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "nobody hears that a mesh was revoked",
+        -1,
+        (
+            (
+                f"{CORE}/rules/syncing.py",
+                "turn.send(state.fleet.replicas[member.replica], RevokeMesh(epoch, cause))",
+                "pass",
+            ),
+        ),
+    ),
+    Mutant(
+        "no rollback when the state is lost",
+        -1,
+        ((f"{CORE}/rules/losing.py", "    _roll_back(turn)\n    return True\n", "    return False\n"),),
+    ),
+    Mutant(
+        "rolled back to the committed state",
+        -1,
+        (
+            (
+                f"{CORE}/lineages.py",
+                "Position(lineage, self.settled.version, self.settled.step)",
+                "Position(lineage, self.committed.version, self.committed.step)",
+            ),
+        ),
+    ),
+    Mutant(
+        "neither the commit rule nor the due rule",
+        -1,
+        (
+            (
+                f"{CORE}/rules/training.py",
+                'if last and batch.stage == "train" and _too_old(turn, state.version + 1 - batch.bound):',
+                "if False:",
+            ),
+            (
+                f"{CORE}/rules/training.py",
+                "    due = state.version - turn.bound\n",
+                "    due = -1\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a snapshot that lacks its last event",
+        -1,
+        (
+            (
+                "services/controller/journal.py",
+                "_Snapshot(CORE_VERSION, self.number, _crc(self.number, state), state)",
+                "_Snapshot(CORE_VERSION, self.number - 1, _crc(self.number - 1, state), state)",
+            ),
+        ),
+    ),
+    Mutant(
+        "payloads freed while groups need them",
+        -1,
+        ((f"{CORE}/ledger.py", "return min((g.spooled.segment", "return max((g.spooled.segment"),),
+    ),
+    Mutant(
+        "a replaced process may come back",
+        -1,
+        ((f"{CORE}/fleet.py", "return register.nonce in known[:-1]", "return False"),),
+    ),
+    Mutant(
+        "gaps in a session are skipped",
+        -1,
+        (("shared/bus/channel.py", "if sequence > self.received + 1:", "if sequence > self.received + 9:"),),
+    ),
+    Mutant(
+        "an older term is obeyed",
+        -1,
+        (("shared/bus/session.py", "if envelope.term < self.term:", "if envelope.term < self.term - 9:"),),
+    ),
+    Mutant(
+        "a new session goes on with the old one's orders",
+        -1,
+        (("shared/bus/session.py", "for item in self._channel.reset():", "for item in self._channel.reset()[:0]:"),),
+    ),
+    # bugs that the simulator found in the product, put back
+    Mutant(
+        "the welcome of one process goes to another",
+        -1,
+        (
+            (
+                "services/controller/shell.py",
+                "self._registers[register.replica, register.rank, register.nonce] = incoming",
+                "self._registers[register.replica, register.rank, 0] = incoming",
+            ),
+            (
+                "services/controller/shell.py",
+                "self._registers.pop((effect.replica, effect.rank, effect.nonce), None)",
+                "self._registers.pop((effect.replica, effect.rank, 0), None)",
+            ),
+        ),
+    ),
+    Mutant(
+        "the wall clock moves deadlines",
+        -1,
+        (
+            (
+                "services/controller/shell.py",
+                "return max(wall + self._clock.steady() - steady, self._core.state.now)",
+                "return max(self._clock.wall(), self._core.state.now)",
+            ),
+        ),
+    ),
+    Mutant(
+        "the rule of one stage ends the next",
+        -1,
+        (
+            (
+                f"{CORE}/rules/judging.py",
+                'asked = verdict.why == "rule" and verdict.stage == state.stages.name',
+                'asked = verdict.why == "rule"',
+            ),
+        ),
+    ),
+    Mutant(
+        "samples of unchecked weights are taken",
+        -1,
+        ((f"{CORE}/core.py", "report.newest > _checked_version(turn, group.replica)", "False"),),
+    ),
+    Mutant(
+        "judging changes what is decoded beside training",
+        -1,
+        (
+            (
+                f"{CORE}/rules/leasing.py",
+                'count("leased", "train") + count("leased", "eval") + count("queued", "eval") > 0',
+                'count("leased", "train") > 0',
+            ),
+        ),
+    ),
+    Mutant(
+        "sampling seeds follow from ids",
+        -1,
+        (
+            (
+                f"{CORE}/ledger.py",
+                'key = f"{self.seed}/{purpose}/{epoch}/{row}".encode()',
+                'key = f"{self.seed}/{self.next_id}".encode()',
+            ),
+        ),
+    ),
+]
+
+
+@contextmanager
+def mutated(mutant: Mutant) -> Iterator[Path]:
+    """A folder with a copy of the product that has this bug, and the simulator beside it."""
+    with tempfile.TemporaryDirectory(prefix="orrery-mutant-") as name:
+        folder = Path(name)
+        for part in ("services/controller", "shared", "tests/simulation"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file, old, new in mutant.edits:
+            path = folder / file
+            text = path.read_text()
+            if text.count(old) != 1:
+                raise LookupError(
+                    f"mutant {mutant.name!r}: expected its old text once in {file}, found it {text.count(old)} times; "
+                    f"write the mutant anew for the code as it is now. The old text: {old!r}"
+                )
+            path.write_text(text.replace(old, new))
+        yield folder
+
+
+def run(folder: Path, first: int, seeds: int) -> subprocess.CompletedProcess[str]:
+    """The simulator on these seeds, with the product in `folder`."""
+    command = [sys.executable, "-m", "tests.simulation.simulate", f"--first={first}", f"--seeds={seeds}", "--brief"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def main() -> int:
+    """Look for the seeds."""
+    missed = 0
+    for mutant in MUTANTS:
+        if sys.argv[1:] and mutant.name not in sys.argv[1:]:
+            continue
+        with mutated(mutant) as folder:
+            done = run(folder, 0, MOST_SEEDS)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
+        if done.returncode == 1 and lines:
+            print(f"{mutant.name}: {lines[0][:200]}", flush=True)
+        else:
+            missed += 1
+            print(f"{mutant.name}: NOT CAUGHT {done.stdout[-300:]} {done.stderr[-600:]}", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

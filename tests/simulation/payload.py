@@ -1,0 +1,58 @@
+"""What a simulated group's payload says: which attempt it is, and which weights sampled it; and the chain of states.
+
+A *chain* names a model state by everything that went into it: the initial one, then a hash for each applied step of the
+chain before, the assignment and the samples in it. Equal chains are equal weights.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import msgspec
+
+from shared.messages import ArrayHeader, Grant, TrainStep
+
+INITIAL = "initial"
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """The payload of one group. `chains` are the weights that sampled it, by version."""
+
+    group: int
+    attempt: int
+    chains: dict[int, str]
+    content: str
+
+
+def digest(*parts: object) -> str:
+    """A short hash."""
+    return blake2b(repr(parts).encode(), digest_size=6).hexdigest()
+
+
+def sample(grant: Grant, chains: dict[int, str], composition: tuple[tuple[int, int], ...]) -> Sampled:
+    """What these weights answer to this row; `composition` is what was decoded beside it, where that matters."""
+    content = digest(list(chains.values()), grant.dataset, grant.row, grant.seed, grant.sampling, composition)
+    return Sampled(grant.group, grant.attempt, chains, content)
+
+
+def encode(sampled: Sampled) -> tuple[list[ArrayHeader], list[bytes]]:
+    """Headers and frames of a report."""
+    frame = msgspec.msgpack.encode(sampled)
+    return [ArrayHeader("tokens", "uint8", [len(frame)])], [frame]
+
+
+def decode(frame: bytes | memoryview) -> Sampled:
+    """The payload behind a frame."""
+    return msgspec.msgpack.decode(frame, type=Sampled)
+
+
+def rewards(content: str, samples: int) -> list[float]:
+    """Rewards that differ in most groups."""
+    return [float(int(content[i], 16) % 3 == 0) for i in range(samples)]
+
+
+def apply(chain: str, step: TrainStep, sampled: list[Sampled]) -> str:
+    """The state after a step: what was learnt, in which order, from which state, with which hyper-parameters."""
+    learnt = [(s.content, g.advantages, g.temperature, g.lengths) for s, g in zip(sampled, step.groups, strict=True)]
+    rest = (step.stage, step.index, step.steps_in_batch, step.tokens, step.sequences)
+    return digest(chain, learnt, rest, sorted(step.hyperparameters.items()))

@@ -1,0 +1,88 @@
+"""What a seed stands for: the recipe, the fleet, how quick everyone is."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from shared.config import Recipe
+from shared.messages import DatasetIdentity
+
+DATASETS = (DatasetIdentity("train", 40, "aa"), DatasetIdentity("heldout", 6, "bb"))
+
+
+@dataclass
+class Plan:
+    """`ranks` are those of each replica by name; `speed` multiplies how long a replica takes for anything."""
+
+    seed: int
+    recipe: Recipe
+    segment_bytes: int
+    replicas: dict[str, int]
+    speed: dict[str, float]
+    wall_shift_s: float = 0.0
+    batches: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.batches = sum(t.batches for t in (self.recipe.sft, self.recipe.train) if t is not None)
+
+
+def plan_of(seed: int) -> Plan:
+    """The plan of a seed."""
+    draw = random.Random(f"{seed}/plan")
+    deterministic = draw.random() < 0.2
+    sft, train = draw.random() < 0.75, draw.random() < 0.95
+    train = train or not sft
+    minibatches = draw.choice([1, 1, 2])
+    batch = {"dataset": "train", "lr": 1e-3}
+    evaluation = draw.random() < 0.7
+    tree: dict[str, object] = {
+        "run": {"seed": seed, "deterministic": deterministic},
+        "model": {"build": {}},
+        "data": {
+            "train": {"kind": "reasoning_gym", "task": "chain_sum"},
+            "heldout": {"kind": "reasoning_gym", "task": "chain_sum", "seed": 1},
+        },
+        "rollout": {"slots": draw.choice([2, 4, 16]), "replicas": 1},
+        "checkpoint": {"every": draw.randint(1, 4), "keep": draw.choice([1, 2, 2])},
+        "bus": {"heartbeat_s": 0.5, "lost_after_s": draw.choice([2.0, 4.0]), "resend_s": 0.5, "window": 32},
+        "timeouts": {
+            "register_s": 20.0,
+            "load_s": 12.0,
+            "lease_s": draw.choice([8.0, 15.0]),
+            "step_s": 12.0,
+            "checkpoint_s": 10.0,
+            "mesh_s": 4.0,
+            "transfer_s": 6.0,
+            "rejoin_s": draw.choice([3.0, 6.0]),
+            "stall_s": 120.0,
+            "exit_s": 4.0,
+        },
+        "journal": {"snapshot_every": draw.choice([15, 60, 5000])},
+    }
+    if sft:
+        tree["sft"] = {**batch, "batches": draw.randint(1, 3), "batch_size": draw.randint(2, 4)}
+        if evaluation and draw.random() < 0.4:
+            tree["sft"]["stop"] = {"accuracy": draw.choice([0.5, 0.9]), "every": draw.randint(1, 2)}  # type: ignore[index]
+    if train:
+        tree["train"] = {
+            **batch,
+            "batches": draw.randint(2, 5),
+            "batch_size": minibatches * draw.randint(1, 3),
+            "minibatches": minibatches,
+            "mu": draw.choice([1, 1, 2]),
+            "samples": 2,
+            "max_staleness": 0 if deterministic else draw.randint(0, 4),
+            "filter_equal_rewards": draw.random() < 0.6,
+        }
+    if evaluation:
+        tree["evaluation"] = {"dataset": "heldout", "problems": draw.randint(2, 6), "every": draw.randint(1, 3)}
+    rollouts = 1 if deterministic else draw.randint(1, 4)
+    names = ["policy-0", *(f"rollout-{number}" for number in range(rollouts))]
+    return Plan(
+        seed,
+        Recipe.model_validate(tree),
+        draw.choice([1 << 10, 1 << 14, 1 << 20]),
+        {name: draw.choice([1, 1, 1, 2, 3]) for name in names},
+        {name: draw.choice([0.5, 1.0, 1.0, 1.0, 2.0]) for name in names},
+    )

@@ -1,0 +1,291 @@
+"""A model of the policy service: one order after the other, the trainer's state machine, a publisher beside it.
+
+Its weights are a chain (see payload.py). What the real trainer would refuse with an error is a violation here: the
+controller must never give such an order. Handling takes virtual time; a process that dies on the way has done nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from shared.messages import (
+    AbortStep,
+    AnyMessage,
+    CheckpointFailed,
+    CheckpointSaved,
+    CommitStep,
+    Drain,
+    FormMesh,
+    GradientsReady,
+    GroupReport,
+    Lease,
+    LeaseRef,
+    LoadState,
+    Position,
+    ReplicaFailed,
+    RevokeMesh,
+    SaveCheckpoint,
+    SendWeights,
+    Shutdown,
+    StateLoaded,
+    StepApplied,
+    TrainStep,
+    WeightsFailed,
+    WeightsSent,
+)
+from shared.bus.wire import Frames
+from tests.simulation import payload
+from tests.simulation.membership import Membership
+from tests.simulation.process import EXIT_DONE, EXIT_FAILED, Rank
+
+
+class Policy:
+    """The service on rank 0."""
+
+    def __init__(self, process: Rank) -> None:
+        self.process, self.fleet = process, process.fleet
+        self.meshes = Membership(process)
+        self.position: Position | None = None
+        self.chain = ""
+        self._batch_began: Position | None = None
+        self._hand: tuple[TrainStep, str, GradientsReady] | None = None
+        self._applied: tuple[CommitStep, StepApplied] | None = None
+        self._orders: deque[tuple[AnyMessage, Frames]] = deque()
+        self._busy = False
+        self._staged: tuple[Position, str] | None = None
+        self._transfers: dict[tuple[int, Position], WeightsSent | None] = {}
+        self._to_send: deque[tuple[SendWeights, str]] = deque()
+        self._sending = False
+        self._chance = process.world.chance(f"service {process.name}")
+        self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
+        process.on_message = self._take
+        process.on_exit = self.meshes.close
+
+    def _take(self) -> None:
+        """The inbox thread: meshes at once, all else in turn."""
+        process = self.process
+        while process.inbox and process.alive:
+            message, frames = process.inbox.popleft()
+            match message:
+                case FormMesh():
+                    self.meshes.form(message)
+                case RevokeMesh():
+                    self.meshes.revoke(message)
+                case _:
+                    self._orders.append((message, frames))
+        self._next()
+
+    def _next(self) -> None:
+        if self._busy or not self._orders or not self.process.alive:
+            return
+        message, frames = self._orders.popleft()
+        self._busy = True
+        seconds, done = self._handle(message, frames)
+
+        def finish() -> None:
+            self._busy = False
+            if done is not None:
+                done()
+            self._next()
+
+        if seconds == 0.0:
+            self.process.world.after(0.0, lambda: self.process.when_awake(finish))
+        else:
+            self.process.later(seconds * self._speed * (0.5 + self._chance.random()), finish)
+
+    def _handle(self, message: AnyMessage, frames: Frames) -> tuple[float, Callable[[], None] | None]:
+        """How long an order takes, and what happens at its end."""
+        match message:
+            case LoadState():
+                return 1.0, lambda: self._load(message)
+            case Lease():
+                return 0.02 * len(message.grants), lambda: self._answer_leases(message)
+            case TrainStep():
+                return 0.5, lambda: self._train(message, frames)
+            case CommitStep():
+                return 0.05, lambda: self._commit(message)
+            case AbortStep():
+                return 0.0, lambda: self._drop(message)
+            case SaveCheckpoint():
+                return 0.6, lambda: self._save(message)
+            case SendWeights():
+                return 0.05, lambda: self._publish(message)
+            case Shutdown() | Drain():
+                self.process.leave(EXIT_DONE, message.cause)
+        return 0.0, None
+
+    # --- loading and leases -------------------------------------------------------------------------------------------
+
+    def _load(self, message: LoadState) -> None:
+        if self.position != message.position:
+            if message.source == "initial":
+                chain = payload.INITIAL
+            else:
+                found = self.fleet.folder.load(message.path, message.position)
+                if found is None:
+                    self.fleet.checks.broken(f"{self.process.name} cannot load {message.path} as {message.position}")
+                    return
+                chain = found
+            self._hold(message.position, chain)
+            self._batch_began, self._hand, self._applied, self._staged = None, None, None, None
+        self.process.standing.hold(message.position)
+        self.process.send(StateLoaded(message.position))
+
+    def _answer_leases(self, message: Lease) -> None:
+        for grant in message.grants:
+            self.process.standing.take_lease(LeaseRef(grant.group, grant.attempt))
+            sampled = payload.Sampled(grant.group, grant.attempt, {}, payload.digest(grant.dataset, grant.row))
+            headers, frames = payload.encode(sampled)
+            report = GroupReport(
+                group=grant.group,
+                attempt=grant.attempt,
+                lineage=grant.lineage,
+                rewards=[0.0],
+                parts={},
+                prompt_length=3,
+                lengths=[4],
+                truncated=[False],
+                oldest=0,
+                newest=0,
+                seconds=0.0,
+                arrays=headers,
+            )
+            self.process.send(report, frames)
+            self.process.standing.drop_lease(LeaseRef(grant.group, grant.attempt))
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _train(self, step: TrainStep, frames: Frames) -> None:
+        if self._hand is not None and _names(self._hand[0]) == _names(step):
+            self.process.send(self._hand[2])
+            return
+        if self._applied is not None and self._applied[0] == CommitStep(step.step, step.attempt, step.position.lineage):
+            self.process.send(self._applied[1])
+            return
+        if step.index == 0:
+            self._adopt(step.position)
+        if step.position != self.position:
+            self._fail(f"step {step.step} starts from {step.position}, it holds {self.position}")
+            return
+        if step.index == 0:
+            self._batch_began = self.position
+        elif self._batch_began is None:
+            self._fail(f"step {step.step} is number {step.index} of a batch whose first it has not seen")
+            return
+        sampled = [payload.decode(frame) for frame in frames]
+        self.fleet.checks.assigned(self.process.name, step, sampled)
+        finite = not self.fleet.votes_nan()
+        vote = GradientsReady(step.step, step.attempt, step.position.lineage, finite, {"loss": 1.0})
+        self._hand = (step, payload.apply(self.chain, step, sampled), vote)
+        self.process.send(vote)
+
+    def _commit(self, commit: CommitStep) -> None:
+        if self._applied is not None and self._applied[0] == commit:
+            self.process.send(self._applied[1])
+            return
+        if self._hand is None or _names(self._hand[0]) != (commit.lineage, commit.step, commit.attempt):
+            held = _names(self._hand[0]) if self._hand else None
+            self._fail(f"commit of {commit}, in hand is {held}")
+            return
+        step, chain, vote = self._hand
+        if not vote.finite:
+            self.fleet.checks.broken(f"{self.process.name} was told to commit {commit}, which it voted against")
+        assert self.position is not None
+        last = step.index == step.steps_in_batch - 1
+        held_now = self.position
+        self._hand = None
+        if last:
+            self._batch_began = None
+        self._hold(Position(held_now.lineage, held_now.version + int(last), held_now.step + 1), chain)
+        self._applied = (commit, StepApplied(commit.step, self.position, {"lr": 0.1}))
+        self.process.standing.hold(self.position)
+        self.process.send(self._applied[1])
+
+    def _drop(self, message: AbortStep) -> None:
+        if self._hand is not None and _names(self._hand[0]) == (message.lineage, message.step, message.attempt):
+            self._hand = None
+
+    def _adopt(self, position: Position) -> None:
+        held = self.position
+        if held is not None and (held.lineage, held.step) == (position.lineage, position.step):
+            if held.version < position.version:
+                self._hold(position, self.chain)
+                self._batch_began = None
+
+    # --- checkpoints and weights --------------------------------------------------------------------------------------
+
+    def _save(self, message: SaveCheckpoint) -> None:
+        if self.position is None:
+            self._fail("was told to save before it was loaded")
+            return
+        self._adopt(message.position)
+        if self.position != message.position:
+            self.fleet.checks.broken(f"{self.process.name} was told to save {message.position}, holds {self.position}")
+            return
+        if self.fleet.checkpoint_fails():
+            self.process.send(CheckpointFailed(message.position, "disk full"))
+            return
+        path = self.fleet.folder.save(message.folder, self.position, self.chain)
+        if path is None:
+            self.process.send(CheckpointFailed(message.position, "a later lineage has a checkpoint of that step"))
+            return
+        self.process.send(CheckpointSaved(message.position, path, self.chain))
+
+    def _publish(self, message: SendWeights) -> None:
+        if self.position is None:
+            self._fail("was told to send weights before it was loaded")
+            return
+        self._adopt(message.position)
+        key = (message.epoch, message.position)
+        if key in self._transfers:
+            sent = self._transfers[key]
+            if sent is not None:
+                self.process.send(sent)
+            return
+        if self._staged is None or self._staged[0] != message.position:
+            if message.position != self.position:
+                cause = f"asked for {message.position}, holds {self.position}"
+                self.process.world.say(f"{self.process.name} {cause}")
+                self.process.send(WeightsFailed(message.epoch, message.position, cause))
+                return
+            self._staged = (self.position, self.chain)
+        self._transfers = {k: v for k, v in self._transfers.items() if k[1] == message.position or v is None}
+        self._transfers[key] = None
+        self._to_send.append((message, self._staged[1]))
+        self._transfer()
+
+    def _transfer(self) -> None:
+        """The publisher's thread: one transfer after the other."""
+        if self._sending or not self._to_send:
+            return
+        message, chain = self._to_send.popleft()
+        self._sending = True
+        key = (message.epoch, message.position)
+
+        def done(what: str | None, cause: str) -> None:
+            self._sending = False
+            if what is None:
+                self._transfers.pop(key, None)
+                self.process.send(WeightsFailed(message.epoch, message.position, cause))
+            else:
+                sent = WeightsSent(message.epoch, message.position, chain, 10, 0.1)
+                self._transfers[key] = sent
+                self.process.send(sent)
+            self._transfer()
+
+        self.meshes.send(message.epoch, chain, done)
+
+    def _hold(self, position: Position, chain: str) -> None:
+        self.position, self.chain = position, chain
+        self.fleet.checks.holds_state(self.process.name, self.process.nonce, position, chain)
+
+    def _fail(self, cause: str) -> None:
+        """What the real service ends with: an error of its own, after which a fresh process starts."""
+        self.fleet.checks.unwilling(self.process.name, cause)
+        self.process.send(ReplicaFailed(cause, False))
+        self.process.leave(EXIT_FAILED, cause)
+
+
+def _names(step: TrainStep) -> tuple[int, int, int]:
+    return (step.position.lineage, step.step, step.attempt)

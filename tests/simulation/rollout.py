@@ -1,0 +1,231 @@
+"""A model of the rollout service: takes weights over meshes, samples leased groups with them, reports.
+
+Sampling goes on while weights are swapped, so a group may be of several versions. Weights are chains (see payload.py).
+An evaluator is a rollout whose leases are for judging: both kinds of lease come here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Literal
+
+from shared.messages import (
+    Drain,
+    FormMesh,
+    Grant,
+    GroupReport,
+    Lease,
+    LeaseRef,
+    LeaseReturned,
+    LoadState,
+    Position,
+    ReceiveWeights,
+    Registered,
+    RevokeLease,
+    RevokeMesh,
+    Shutdown,
+    StateLoaded,
+    WeightsFailed,
+    WeightsLoaded,
+)
+from tests.simulation import payload
+from tests.simulation.membership import Membership
+from tests.simulation.process import EXIT_DONE, Rank
+
+Key = tuple[int, int]
+Cause = Literal["handed_back", "row_invalid", "prompt_too_long", "reward_failed"]
+
+
+class _Group:
+    def __init__(self, grant: Grant, composition: tuple[Key, ...]) -> None:
+        self.grant, self.composition = grant, composition
+        self.chains: dict[int, str] = {}
+
+
+class Rollout:
+    """The service on rank 0."""
+
+    def __init__(self, process: Rank) -> None:
+        self.process, self.fleet = process, process.fleet
+        self.meshes = Membership(process)
+        self.loaded = False
+        self.weights: WeightsLoaded | None = None
+        self.chain = ""
+        self._groups: dict[Key, _Group] = {}
+        self._waiting: deque[list[Key]] = deque()
+        self._inside: dict[Key, None] = {}
+        self._answered: dict[Key, None] = {}
+        self._asked: dict[tuple[int, Position], None] = {}
+        self._to_receive: deque[ReceiveWeights] = deque()
+        self._receiving = False
+        self._leaving = False
+        self._chance = process.world.chance(f"service {process.name}")
+        self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
+        self._deterministic = self.fleet.plan.recipe.run.deterministic
+        process.on_message = self._take
+        process.on_exit = self.meshes.close
+
+    def drain(self, cause: str) -> None:
+        """Hand back what is in hand and leave."""
+        if self._leaving:
+            return
+        self._leaving = True
+        for group in list(self._groups.values()):
+            self._return(group.grant, "handed_back", cause)
+        self.process.leave(EXIT_DONE, cause)
+
+    def _take(self) -> None:
+        process = self.process
+        while process.inbox and process.alive:
+            message, _ = process.inbox.popleft()
+            match message:
+                case Registered(leases=leases):
+                    standing = {(ref.group, ref.attempt): None for ref in leases}
+                    self._forget([key for key in self._groups if key not in standing])
+                case LoadState():
+                    seconds = 0.0 if self.loaded else 0.8 * self._speed * (0.5 + self._chance.random())
+                    process.later(seconds, lambda message=message: self._load(message))  # type: ignore[misc]
+                case Lease():
+                    self._lease(message)
+                case RevokeLease(leases=leases):
+                    self._forget([(ref.group, ref.attempt) for ref in leases])
+                case FormMesh():
+                    self.meshes.form(message)
+                case RevokeMesh():
+                    self.meshes.revoke(message)
+                case ReceiveWeights():
+                    self._receive(message)
+                case Drain(cause=cause):
+                    self.drain(cause)
+                case Shutdown(cause=cause):
+                    process.leave(EXIT_DONE, cause)
+
+    def _load(self, message: LoadState) -> None:
+        self.loaded = True
+        self.process.send(StateLoaded(message.position))
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def _receive(self, message: ReceiveWeights) -> None:
+        key = (message.epoch, message.position)
+        if not self.loaded:
+            self.process.send(WeightsFailed(*key, "expected LoadState first"))
+        elif self.weights is not None and (self.weights.epoch, self.weights.position) == key:
+            self.process.send(self.weights)
+        elif key not in self._asked:
+            self._asked[key] = None
+            self._to_receive.append(message)
+            self._transfer()
+
+    def _transfer(self) -> None:
+        """The receiver's thread: one transfer after the other."""
+        if self._receiving or not self._to_receive:
+            return
+        message = self._to_receive.popleft()
+        self._receiving = True
+
+        def done(what: str | None, cause: str) -> None:
+            self._receiving = False
+            self._asked.pop((message.epoch, message.position), None)
+            if what is None:
+                self.process.send(WeightsFailed(message.epoch, message.position, cause))
+            else:
+                self._swap(message, what)
+            self._transfer()
+
+        self.meshes.receive(message.epoch, done)
+
+    def _swap(self, message: ReceiveWeights, chain: str) -> None:
+        chain = self.fleet.corrupt(chain)
+        self.chain = chain
+        self.weights = WeightsLoaded(message.epoch, message.position, chain, 0.1)
+        self.process.standing.hold(message.position)
+        self.fleet.checks.loaded_weights(self.process.nonce, message.position, chain)
+        for key, group in list(self._groups.items()):
+            if group.grant.lineage != message.position.lineage:
+                self._return(group.grant, "handed_back", "weights of another lineage were loaded")
+            elif key in self._inside:
+                group.chains[message.position.version] = chain
+        self.process.send(self.weights)
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    def _lease(self, message: Lease) -> None:
+        fresh = [g for g in message.grants if (g.group, g.attempt) not in self._groups | self._answered]
+        composition = tuple((g.row, g.seed) for g in fresh) if self._deterministic else ()
+        taken: list[Key] = []
+        for grant in fresh:
+            key = (grant.group, grant.attempt)
+            self.process.standing.take_lease(LeaseRef(*key))
+            held = self.weights.position if self.weights is not None else None
+            if held is None or self._leaving or grant.lineage != held.lineage or grant.version > held.version:
+                self._return(grant, "handed_back", f"holds {held}")
+            elif self._chance.random() < 0.01 * self.fleet.mischief and not self._deterministic:
+                self._return(grant, "reward_failed", "a reward worker died")
+            else:
+                self._groups[key] = _Group(grant, composition)
+                taken.append(key)
+        if taken:
+            self._waiting.append(taken)
+        self._submit()
+
+    def _submit(self) -> None:
+        """Sequences enter free slots in order; in a deterministic run one `Lease` message's groups at a time."""
+        slots = self.fleet.plan.recipe.rollout.slots
+        while self._waiting:
+            first = [key for key in self._waiting[0] if key in self._groups and key not in self._inside]
+            room = not self._inside if self._deterministic else len(self._inside) * 2 < slots
+            if first and not room:
+                return
+            for key in first if self._deterministic else first[:1]:
+                self._begin(key)
+            if self._deterministic or len(first) <= 1:
+                self._waiting.popleft()
+
+    def _begin(self, key: Key) -> None:
+        assert self.weights is not None
+        self._inside[key] = None
+        group = self._groups[key]
+        group.chains = {self.weights.position.version: self.chain}
+        seconds = (0.2 + 1.2 * self._chance.random()) * self._speed
+        if self._chance.random() < 0.05 * self.fleet.mischief:
+            seconds *= 8.0  # a straggler
+        self.process.later(seconds, lambda: self._finish(key, group))
+
+    def _finish(self, key: Key, group: _Group) -> None:
+        if self._groups.get(key) is not group:
+            return
+        grant = group.grant
+        sampled = payload.sample(grant, group.chains, group.composition)
+        headers, frames = payload.encode(sampled) if grant.purpose != "eval" else ([], [])
+        report = GroupReport(
+            group=grant.group,
+            attempt=grant.attempt,
+            lineage=grant.lineage,
+            rewards=payload.rewards(sampled.content, grant.samples),
+            parts={"verifier": payload.rewards(sampled.content, grant.samples)},
+            prompt_length=3,
+            lengths=[4] * grant.samples,
+            truncated=[False] * grant.samples,
+            oldest=min(group.chains),
+            newest=max(group.chains),
+            seconds=0.5,
+            arrays=headers,
+        )
+        self.process.send(report, frames)
+        self._forget([key])
+        self._answered[key] = None
+
+    def _return(self, grant: Grant, cause: Cause, detail: str) -> None:
+        key = (grant.group, grant.attempt)
+        self.process.send(LeaseReturned(*key, grant.lineage, cause, detail))
+        self._forget([key])
+        self.process.standing.drop_lease(LeaseRef(*key))
+        self._answered[key] = None
+
+    def _forget(self, keys: list[Key]) -> None:
+        for key in keys:
+            self._groups.pop(key, None)
+            self._inside.pop(key, None)
+            self.process.standing.drop_lease(LeaseRef(*key))
+        self._submit()

@@ -1,0 +1,54 @@
+"""The simulator as a test: some seeds live, and every deliberate bug is caught by the seed that is known to catch it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.faults import Fault
+from tests.simulation.mutants import MUTANTS, Mutant, mutated, run
+from tests.simulation.simulate import live, quiet, shrink
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs():
+    quiet()
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_seed_lives(seed: int) -> None:
+    life = live(seed)
+    assert not life.violation, f"make simulate SEEDS=1 FIRST={seed}: {life.violation}"
+
+
+def test_a_seed_lives_the_same_life_twice() -> None:
+    once, again = live(3, tracing=True), live(3, tracing=True)
+    assert once.trace == again.trace
+    assert (once.messages, once.events, once.virtual_s) == (again.messages, again.events, again.virtual_s)
+
+
+def test_without_faults_there_is_one_term_and_no_rollback() -> None:
+    life = live(8, [], tracing=True)
+    assert not life.violation
+    assert life.terms == 1
+    assert not any("RolledBack" in text for _, text in life.trace)
+
+
+def test_faults_that_do_not_matter_are_left_out_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [Fault("status", float(at)) for at in range(8)] + [Fault("foreign data", 4.5)]
+
+    def fails(seed: int, chosen: list[Fault], *, tracing: bool = False) -> object:
+        life = live(seed, [], tracing=tracing)
+        life.faults = chosen
+        life.violation = "it is there" if any(fault.kind == "foreign data" for fault in chosen) else ""
+        return life
+
+    monkeypatch.setattr("tests.simulation.simulate.live", fails)
+    assert [fault.kind for fault in shrink(fails(8, faults)).faults] == ["foreign data"]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_deliberate_bug_is_caught(mutant: Mutant) -> None:
+    with mutated(mutant) as folder:
+        done = run(folder, mutant.seed, 1)
+    assert done.returncode == 1, f"nobody noticed {mutant.name!r}: {done.stdout[-500:]}{done.stderr[-2000:]}"
+    assert f"seed {mutant.seed} FAILED" in done.stdout, done.stdout + done.stderr
