@@ -24,6 +24,9 @@ EXIT_INTERRUPTED = 130
 EXIT_GAVE_UP = 1
 _ASK_S = 2.0  # the controller is on this machine and answers at once, or is not there
 _ASK_AGAIN_S = 0.2
+# the controller ends only after its replicas have taken their Shutdown, or are lost: whoever stays longer was still
+# starting, and would wait for a controller that is gone
+_LEAVE_S = 3.0
 
 Ask = Callable[[str, AnyMessage, float], AnyMessage]
 
@@ -221,12 +224,10 @@ class Supervisor:
             return str(getattr(answer, "detail", answer))
 
     async def _end_processes(self, outcome: _Outcome) -> None:
-        """Wait for the processes to end by themselves, then SIGTERM, then SIGKILL, each after `exit_s`."""
-        if outcome.grace and await self._all_ended(self._deadlines.exit_s):
+        """Wait for the processes to end by themselves, then SIGTERM, then SIGKILL after `exit_s`."""
+        if outcome.grace and await self._all_ended(min(_LEAVE_S, self._deadlines.exit_s)):
             return
         for child in self._running():
-            if outcome.grace:
-                self._tell(f"{child.plan.replica} is still there after {self._deadlines.exit_s:g} s: SIGTERM")
             child.signal(signal.SIGTERM)
         if await self._all_ended(self._deadlines.exit_s):
             return

@@ -81,6 +81,9 @@ def save(trainer: Trainer, folder: Path, run: str, recipe: str, keep: int) -> tu
         known = _known(target)
         if known is not None and (known.run, known.position) == (run, trainer.position):
             return target, known.digest
+        if known is not None and known.run == run and known.position.lineage > trainer.position.lineage:
+            raise CheckpointError(target, f"none of a later lineage than {trainer.position}", str(known.position),
+                                  "another process is this replica now: end this one")  # fmt: skip
     partial = folder / f".{target.name}.partial-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def save(trainer: Trainer, folder: Path, run: str, recipe: str, keep: int) -> tu
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _prune(folder, trainer.position.step, keep)
+    _prune(folder, trainer.position, keep)
     return target, digest
 
 
@@ -162,17 +165,27 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _prune(folder: Path, written: int, keep: int) -> None:
+def _prune(folder: Path, written: Position, keep: int) -> None:
     """Keep the newest `keep` up to `written`; later numbers are of a lineage that was given up.
 
     The one before the newest always stays: until the controller has heard of the newest, it is what a rollback needs.
+    A later lineage's stay too: whoever finds those was itself given up while it wrote.
     """
-    older = [path for path in numbered(folder) if int(path.name) < written]
-    later = [path for path in numbered(folder) if int(path.name) > written]
+    own = [path for path in numbered(folder) if _lineage(path) <= written.lineage]
+    older = [path for path in own if int(path.name) < written.step]
+    later = [path for path in own if int(path.name) > written.step]
     for path in [*older[max(1, keep - 1) :], *later]:
         gone = path.with_name(f".{path.name}.old-{os.getpid()}")
         os.rename(path, gone)  # a folder that is half deleted must not have a number for its name
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _lineage(path: Path) -> int:
+    """The lineage of a checkpoint; 0 when it cannot be read."""
+    try:
+        return read_state(path).position.lineage
+    except CheckpointError:
+        return 0
 
 
 # --- finding and reading ----------------------------------------------------------------------------------------------
