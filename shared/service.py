@@ -74,7 +74,8 @@ def run_service(role: str, main: Callable[[ServiceArguments], int]) -> NoReturn:
     """Run `main` as this process and exit with its code; see the EXIT_ constants.
 
     A RecipeError anywhere ends in code 2 with its text; any other exception is logged with its traceback and ends in
-    code 1, which launchers answer with a restart.
+    code 1, which launchers answer with a restart. `main` should import what takes seconds to import (torch) itself:
+    until the first line below has run, nothing ties this process to its launcher.
     """
     _die_with_parent()
     faulthandler.enable()

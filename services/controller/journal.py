@@ -36,7 +36,7 @@ class _Snapshot(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """Appends and replays records. `number` is the last one's, 0 for an empty journal; `durable` the last durable one's."""
+    """Appends and replays records. `number` is the last one's (0: there is none), `durable` the last durable one's."""
 
     def __init__(self, disk: Disk, segment_bytes: int) -> None:
         self._disk = disk

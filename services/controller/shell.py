@@ -42,6 +42,7 @@ from services.controller.core.outcome import (
     RecordMetrics,
     Send,
     Welcome,
+    merge_leases,
 )
 from services.controller.journal import Journal
 from services.controller.liveness import Liveness
@@ -105,7 +106,7 @@ class Bus(Protocol):
 
 @dataclass(frozen=True)
 class Clock:
-    """Two clocks in seconds: `wall` tells when the term began and may jump, `steady` counts from there and never does."""
+    """Two clocks in seconds: `wall` tells when the term began and may jump, `steady` counts on from there."""
 
     wall: Callable[[], float]
     steady: Callable[[], float]
@@ -181,7 +182,7 @@ class Shell:
         self._journal.flush()
 
     def release(self) -> None:
-        """Let out what follows from the sealed events, now durable. May decide something at once, for another commit."""
+        """Let out what follows from the sealed events, which are durable now. May decide something at once."""
         if self._sealed is None:
             self.seal()
         commit, self._sealed = self._sealed, None
@@ -190,7 +191,9 @@ class Shell:
             self._bus.durable(peer, sequence, session)
         for reply in commit.replies:
             reply()
-        for effect in commit.effects:
+        # In a deterministic run a message is one composition: what leaves together must not depend on the timing.
+        together = commit.effects if self._recipe.run.deterministic else merge_leases(commit.effects)
+        for effect in together:
             self._do(effect)
         if self._snapshot_due and not self.unsynced:
             self.save_snapshot()

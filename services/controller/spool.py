@@ -34,7 +34,7 @@ class Spool:
         self._recent_bytes = 0
 
     def append(self, frames: Sequence[bytes | memoryview]) -> Spooled:
-        """Take the frames, which must not change any more; they are written with the next `sync` and count from then."""
+        """Take the frames, which must not change any more; they are written by the next `sync`, and count from then."""
         sizes = [memoryview(frame).nbytes for frame in frames]
         if self._offset + sum(sizes) > self._segment_bytes and self._offset:
             self._segment, self._offset = self._segment + 1, 0

@@ -95,11 +95,14 @@ class MeshMembership:
     def _form(self, message: FormMesh) -> None:
         identity = message.identity
         try:
-            if self._member not in identity.members:
+            # By name, not by incarnation: a process that was taken for lost and came back has a new one.
+            names = [(member.replica, member.rank) for member in identity.members]
+            me = (self._member.replica, self._member.rank)
+            if me not in names:
                 raise MeshError(f"this rank, {self._member}, is none of the members {identity.members}")
             mesh = form_mesh(
                 identity,
-                identity.members.index(self._member),
+                names.index(me),
                 cast(Request, self._request),  # rendezvous asks with messages of the protocol only
                 interface=self._interface,
                 form_timeout_s=message.timeout_s,

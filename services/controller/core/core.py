@@ -42,6 +42,7 @@ from shared.messages import (
     Refused,
     Register,
     ReplicaFailed,
+    RevokeMesh,
     StateLoaded,
     StepApplied,
     WeightsFailed,
@@ -171,6 +172,7 @@ def _begin_term(turn: Turn, term: int) -> None:
 
 def _register(turn: Turn, register: Register) -> None:
     state = turn.state
+    returning = state.fleet.knows(register)
     replica = state.fleet.same_process(register)
     if replica is not None:
         if not replica.confirmed:
@@ -198,6 +200,9 @@ def _register(turn: Turn, register: Register) -> None:
         for group in leased:
             group.told = (group.id, group.attempt) in held
     turn.effect(Welcome(replica.name, register.rank, register.nonce, replica.incarnation, standing))
+    if returning and register.rank == 0:
+        for epoch in state.meshes.revoked_of(replica.name):
+            turn.send(replica, RevokeMesh(epoch, "it was revoked, perhaps while this rank had no session"))
 
 
 def _complete(turn: Turn, replica: Replica, register: Register) -> None:

@@ -104,6 +104,10 @@ class Fleet(msgspec.Struct):
         known = self.processes.get(f"{register.replica}/{register.rank}", [])
         return register.nonce in known[:-1]
 
+    def knows(self, register: Register) -> bool:
+        """Whether this very process has registered before, in whatever incarnation."""
+        return register.nonce in self.processes.get(f"{register.replica}/{register.rank}", ())
+
     def same_process(self, register: Register) -> Replica | None:
         """The live replica that this registration continues: same name, same process for this rank."""
         replica = self.replicas.get(register.replica)

@@ -87,9 +87,9 @@ class Ledger(msgspec.Struct):
     """Every open or unsettled group by id, and the books of each lineage.
 
     Indices, so that no event has to look at every group or replica: `shelves` are the groups by state and purpose,
-    `ages` how many leased and reported ones were sampled by which version, `lessees` the leased ones by replica, `loads`
-    their samples, `unfiltered` the reported ones that the filter has yet to see. `hungry` are the replicas that may have
-    room for more: whoever gives a lease back, or becomes ready, is added; leasing strikes off who has none.
+    `ages` how many leased and reported ones were sampled by which version, `lessees` the leased ones by replica,
+    `loads` their samples, `unfiltered` the reported ones that the filter has yet to see. `hungry` are the replicas that
+    may have room for more: whoever gives a lease back, or becomes ready, is added; leasing strikes off who has none.
     `rewards` are sum and count over the samples reported since the last committed step.
     """
 
@@ -159,7 +159,8 @@ class Ledger(msgspec.Struct):
     ) -> Group:
         """Issue a new group for a row; its sampling seed follows from the run's seed, its purpose, epoch and row.
 
-        (Not from its id: ids count evaluations too, and a deterministic run may have to judge twice.) How it is sampled, and under which revision, is fixed here: every attempt at a group is alike.
+        (Not from its id: ids count evaluations too, and a deterministic run may have to judge twice.) How it is
+        sampled, and under which revision, is fixed here: every attempt at a group is alike.
         """
         key = f"{self.seed}/{purpose}/{epoch}/{row}".encode()
         seed = int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -20,6 +20,8 @@ from shared.messages import MeshIdentity, MeshMember
 RETRY_S = 1.0
 """Pause after a failed attempt, doubled with each one in a row, so that a broken network isn't hammered."""
 RETRY_MOST_S = 16.0
+REVOKED_KEPT = 16
+"""Revoked epochs whose members are remembered, for those that were not there to be told."""
 
 
 class Mesh(msgspec.Struct):
@@ -51,9 +53,10 @@ class Mesh(msgspec.Struct):
 
 
 class Meshes(msgspec.Struct):
-    """The live meshes by epoch, and when the next attempt may begin."""
+    """The live meshes by epoch, the members of those revoked last, and when the next attempt may begin."""
 
     meshes: dict[int, Mesh] = {}
+    revoked: dict[int, list[str]] = {}
     last_epoch: int = 0
     failures: int = 0
     not_before: float = 0.0
@@ -92,10 +95,17 @@ class Meshes(msgspec.Struct):
         if mesh is None:
             return None
         mesh.state = "revoked"
+        self.revoked[epoch] = [member.replica for member in mesh.members]
+        if len(self.revoked) > REVOKED_KEPT:
+            del self.revoked[next(iter(self.revoked))]
         if failed:
             self.not_before = at + min(RETRY_S * 2**self.failures, RETRY_MOST_S)
             self.failures += 1
         return mesh
+
+    def revoked_of(self, replica: str) -> list[int]:
+        """The epochs revoked last that a replica was a member of."""
+        return [epoch for epoch, names in self.revoked.items() if replica in names]
 
     def of(self, purpose: str) -> Mesh | None:
         """The live mesh of a purpose (the newest, should there be two)."""

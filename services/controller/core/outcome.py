@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from services.controller.core.events import Spooled
-from shared.messages import AnyMessage, TrainStep
+from shared.messages import AnyMessage, Lease, TrainStep
 
 # --- facts ------------------------------------------------------------------------------------------------------------
 
@@ -265,6 +265,24 @@ class EndRun(msgspec.Struct, frozen=True):
 
 
 Effect = Send | Welcome | Part | MintMeshId | ForgetMesh | RecordMetrics | RecordEvaluation | FreeSpool | EndRun
+
+
+def merge_leases(effects: list[Effect]) -> list[Effect]:
+    """Leases to one replica that leave together become one message, unless another order to it lies between them."""
+    merged: list[Effect] = []
+    latest: dict[str, int] = {}
+    for effect in effects:
+        if isinstance(effect, Send) and isinstance(effect.message, Lease):
+            before = merged[latest[effect.replica]] if effect.replica in latest else None
+            if isinstance(before, Send) and isinstance(before.message, Lease):
+                grants = [*before.message.grants, *effect.message.grants]
+                merged[latest[effect.replica]] = Send(effect.replica, effect.rank, Lease(grants), [])
+                continue
+            latest[effect.replica] = len(merged)
+        elif isinstance(effect, Send | Welcome | Part):
+            latest.pop(effect.replica, None)
+        merged.append(effect)
+    return merged
 
 
 class Outcome(msgspec.Struct):
