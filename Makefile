@@ -4,12 +4,17 @@ RECIPE ?= recipes/quickstart.toml
 ARGS ?=
 RUN ?=
 PIP_ARGS ?=
+SEEDS ?= 500
+FIRST ?= 0
+JOBS ?= 2
 
 # longest time for each suite, in seconds; a suite that runs longer fails
 CHECK_BUDGET ?= 600
 UNIT_BUDGET ?= 300
 INTEGRATION_BUDGET ?= 900
 SLOW_BUDGET ?= 1200
+BENCH_BUDGET ?= 900
+SIMULATION_BUDGET ?= 900
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +23,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-slow check format clean
+.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane simulate check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +43,7 @@ audit: $(STAMP) ## prove from the journal that no prompt group was lost or doubl
 test: check test-unit test-integration ## install, then check, then all tests but the slow ones
 
 test-unit: $(STAMP) ## tests without processes
-	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) tests/unit $(ARGS)
+	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) -m "not slow" tests/unit tests/simulation $(ARGS)
 
 test-integration: $(STAMP) ## tests with real service processes
 	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow" tests/integration $(ARGS)
@@ -46,11 +51,18 @@ test-integration: $(STAMP) ## tests with real service processes
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
 
+simulate: $(STAMP) ## live SEEDS runs under faults from FIRST on, in virtual time (SEEDS=1 FIRST=n replays one)
+	@$(BUDGETED) $(SIMULATION_BUDGET) $(BIN)/python -m tests.simulation.simulate \
+		--seeds $(SEEDS) --first $(FIRST) --jobs $(JOBS)
+
 check: $(STAMP) ## formatting, lint, types, import rules
 	@$(BIN)/ruff format --check --quiet . || { echo "run 'make format'"; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BUDGETED) $(CHECK_BUDGET) $(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo >$(VENV)/imports.txt 2>&1 || { cat $(VENV)/imports.txt; exit 1; }
+
+bench-control-plane: $(STAMP) ## groups a second beside a bare loop; latency with 1,000 replicas (benchmarks/results/)
+	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.control_plane $(ARGS)
 
 format: $(STAMP) ## format the code and fix what the linter can
 	@$(BIN)/ruff format .

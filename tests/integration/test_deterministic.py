@@ -68,3 +68,19 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(
     assert run.resume().wait() == 0, run.story()
     assert run.assert_complete().rollbacks == []
     assert digests(run) == digests(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["controller", "policy", "rollout", SUPERVISOR])
+def test_not_even_a_kill_changes_a_bit(new_run: NewRun, whole: tuple[Path, Run], role: str) -> None:
+    recipe, first = whole
+    run = new_run().up(recipe, *SETS)
+    run.wait_for_steps(6, "train")
+    run.kill(role)
+    if role == SUPERVISOR:
+        run.wait()
+        run.wait_for(run.all_gone, "the end of every process of the run", timeout_s=20)
+        run.resume()
+    assert run.wait() == 0, run.story()
+    run.assert_complete()
+    assert digests(run) == digests(first)

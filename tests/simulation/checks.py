@@ -15,6 +15,7 @@ import msgspec
 from services.controller.audit import Auditor
 from services.controller.core.core import Core
 from services.controller.core.events import AnyEvent, MessageReceived, ReplicaLost, ReplicaRegistered, TermBegan
+from services.controller.core.ledger import SAMPLED
 from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined
 from services.controller.journal import Journal
 from services.controller.spool import Spool
@@ -95,13 +96,14 @@ class Checks:
                 self.fleet.committed()
             elif isinstance(fact, Assigned):
                 if self._assigned.setdefault(fact.attempt, number) != number:
-                    self.broken(f"attempt {fact.attempt} at a step was assigned before, in record {self._assigned[fact.attempt]}")
+                    self.broken(f"attempt {fact.attempt} at a step was assigned before, by another event")
             elif isinstance(fact, Joined):
                 self._joined[fact.replica, fact.incarnation] = number
         self._check_audit()
         self._check_books(core)
         self._check_fleet(core)
         self._check_bounds(core)
+        self._check_indices(core)
 
     def rested(self, core: Core, now: float) -> None:
         """The controller has let everything out: somebody must be due to wake it."""
@@ -294,6 +296,33 @@ class Checks:
             if len(keys) > 100:
                 self.broken(f"{len(keys)} orders of {name} are remembered")
 
+    def _check_indices(self, core: Core) -> None:
+        """What is indexed is what a look at everything finds."""
+        ledger, fleet = core.state.ledger, core.state.fleet
+        shelves: dict[str, list[int]] = {}
+        ages: dict[str, dict[int, int]] = {}
+        loads: dict[str, int] = {}
+        for group in ledger.groups.values():
+            key = f"{group.state} {group.purpose}"
+            shelves.setdefault(key, []).append(group.id)
+            if group.state in SAMPLED:
+                mine = ages.setdefault(key, {})
+                mine[group.sampled_at] = mine.get(group.sampled_at, 0) + 1
+            if group.state == "leased":
+                loads[group.replica] = loads.get(group.replica, 0) + group.samples
+        found = {key: sorted(shelf) for key, shelf in ledger.shelves.items() if shelf}
+        if found != {key: sorted(shelf) for key, shelf in shelves.items()}:
+            self.broken(f"the ledger's shelves are {found}, its groups {shelves}")
+        if {key: age for key, age in ledger.ages.items() if age} != ages or ledger.loads != loads:
+            self.broken(f"the ledger indexes {ledger.ages}, {ledger.loads}; its groups are {ages}, {loads}")
+        for role in ("policy", "rollout"):
+            live = sorted(r.name for r in fleet.replicas.values() if r.live and r.role == role)
+            if [r.name for r in fleet.live(role)] != live:
+                self.broken(f"the fleet lists {fleet.live(role)}, live are {live}")
+            ready = [n for n in live if fleet.replicas[n].state == "ready" and fleet.replicas[n].confirmed]
+            if [r.name for r in fleet.ready(role)] != ready:
+                self.broken(f"the fleet lists {fleet.ready(role)} as ready, it should be {ready}")
+
     def _check_meshes(self, core: Core, now: float) -> None:
         """Whoever uses a mesh that was revoked hears of it soon."""
         assert self.fleet is not None
@@ -305,7 +334,9 @@ class Checks:
                     continue
                 heard = self._revoked.setdefault(epoch, now)
                 if now - max(heard, since) > REVOKE_S and self.fleet.undisturbed(process, max(heard, since)):
-                    self.broken(f"{process.name} is still in the mesh of epoch {epoch}, revoked {now - heard:.1f} s ago")
+                    self.broken(
+                        f"{process.name} is still in the mesh of epoch {epoch}, revoked {now - heard:.1f} s ago"
+                    )
 
 
 def _brief(what: object) -> str:

@@ -1,9 +1,9 @@
 """A simulated controller process: the real core, journal, spool, shell and router sessions on virtual disk and network.
 
 It mirrors `services.controller.server`: messages are decided on while the disk syncs, and what follows from them leaves
-after the commit that they belong to. It can be made to crash at any operation on its disk, and at any message it sends. One that was *superseded* (a
-newer controller has taken the disk) lives on, talks on, and dies when it next tries to write: the fence is the disk's,
-as the lock on the run folder is in a real run.
+after the commit that they belong to. It can be made to crash at any operation on its disk, and at any message it sends.
+One that was *superseded* (a newer controller has taken the disk) lives on, talks on, and dies when it next tries to
+write: the fence is the disk's, as the lock on the run folder is in a real run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Killed(BaseException):
 
 @dataclass
 class CrashPoint:
-    """Crash at the `skip`-th coming operation of this kind, at this moment of it; `power` takes the disk's cache along."""
+    """Crash at the `skip`-th coming operation of this kind, at this moment of it; `power` takes the cache too."""
 
     operation: str
     moment: str
@@ -116,6 +116,7 @@ class ControllerProcess:
         self.world, self.plan, self.image, self.network, self.checks = world, plan, image, network, checks
         self.name = f"controller#{world.count('controller')}"
         self.alive = True
+        self.began_at = world.now
         self.fenced = False
         self.over = False
         self.crash_points: list[CrashPoint] = []

@@ -61,7 +61,6 @@ def strike(fleet: Fleet, fault: Fault) -> None:
     """Let it happen."""
     if not fleet.complete and fleet.calm_since is None:
         fleet.world.say(f"FAULT {fault}")
-        fleet.disturb(4 * fault.seconds + 1.0)
         _KINDS[fault.kind](fleet, fault)
 
 
@@ -138,7 +137,9 @@ def _crash(fleet: Fleet, fault: Fault) -> None:
 def _crash_at(fleet: Fleet, fault: Fault) -> None:
     if fleet.controller is not None:
         operation, moment = OPERATIONS[fault.number % len(OPERATIONS)]
-        fleet.controller.crash_points.append(CrashPoint(operation, moment, int(fault.share * 12), fault.number % 2 == 0))
+        fleet.controller.crash_points.append(
+            CrashPoint(operation, moment, int(fault.share * 12), fault.number % 2 == 0)
+        )
 
 
 def _supersede(fleet: Fleet, fault: Fault) -> None:
@@ -222,8 +223,8 @@ def _stop(fleet: Fleet, fault: Fault) -> None:
 
 def _change(fleet: Fleet, fault: Fault) -> None:
     changes = [
-        {"train.lr": 1e-4}, {"rollout.temperature": 0.7}, {"train.samples": 3}, {"checkpoint.every": 1 + fault.number % 3},
-        {"train.lr": -1.0}, {"run.seed": 3},
+        {"train.lr": 1e-4}, {"rollout.temperature": 0.7}, {"train.samples": 3}, {"train.lr": -1.0}, {"run.seed": 3},
+        {"checkpoint.every": 1 + fault.number % 3},
     ]  # fmt: skip
     change = changes[fault.number % len(changes)]
     if fleet.plan.recipe.train is None and any(name.startswith("train.") for name in change):

@@ -61,7 +61,6 @@ class Fleet:
         self._wanted: dict[str, int] = dict(plan.replicas)
         self._restarts: dict[str, int] = {}
         self._ending = False
-        self._disturbed: list[tuple[float, float]] = []
         self._chance = world.chance("launcher")
         self.start_controller()
         for name in plan.replicas:
@@ -84,7 +83,6 @@ class Fleet:
         old = self.controller
         if old is None or not old.alive or old.bus is None or self._ending:
             return
-        self.disturb(seconds)
         self.world.say(f"{old.name} is superseded")
         old.fenced = True
         self.superseded.append(old)
@@ -96,7 +94,6 @@ class Fleet:
         self.world.after(seconds, lambda: old.die("nobody needs it any more"))
 
     def _controller_ended(self, process: ControllerProcess, how: str, end: EndRun | None) -> None:
-        self.disturb(3.0)
         if process is not self.controller:
             return
         if how == "complete":
@@ -201,13 +198,17 @@ class Fleet:
 
     # --- mischief that services ask about -----------------------------------------------------------------------------
 
-    def disturb(self, seconds: float) -> None:
-        """Something is wrong from now on, for so long."""
-        self._disturbed.append((self.world.now, self.world.now + seconds))
-
     def undisturbed(self, process: Rank, since: float) -> bool:
-        """Whether nothing has been wrong that could have kept a message from this process."""
-        return process.open and not process.frozen and not process.hung and not any(end > since for _, end in self._disturbed)
+        """Whether nothing has been wrong that could have kept a message of the controller from this process."""
+        controller = self.controller
+        connected = controller is not None and controller.alive and process.link.listener is controller
+        awake = process.open and not process.frozen and not process.hung
+        return (
+            awake
+            and connected
+            and controller is not None
+            and max(controller.began_at, process.woke_at, process.link.troubled_at) < since
+        )
 
     def committed(self) -> None:
         """A step was committed, in memory as yet."""

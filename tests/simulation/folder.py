@@ -14,7 +14,7 @@ class CheckpointFolder:
         self._keep = keep
 
     def save(self, folder: str, position: Position, chain: str) -> str | None:
-        """Write it, delete what is too old; the path. None when a later lineage has that step: the writer is a zombie."""
+        """Write it, delete what is too old; the path, or None when a later lineage has that step."""
         path = f"{folder}/{position.step}"
         if path in self.saved and self.saved[path][0].lineage > position.lineage:
             return None

@@ -296,6 +296,11 @@ MUTANTS = [
             ),
         ),
     ),
+    Mutant(
+        "a batch that was struck off whole stays",
+        -1,
+        ((f"{CORE}/rules/training.py", "    if not batch.plan:\n", "    elif not batch.plan:\n"),),
+    ),
 ]
 
 

@@ -1,9 +1,9 @@
 """The network between the controllers and the ranks: connections that behave as ZeroMQ's over TCP, and worse.
 
 A rank has one `Link`, which connects to the controller that listens, and reconnects after a cut. Within a connection
-messages arrive in order; a cut loses what was on its way. On top of that, `Weather` (a window of time in which faults
-strike some links) loses, doubles and delays single messages, so that they overtake each other, and partitions hold
-everything back: what outlasts `bus.lost_after_s` is cut.
+messages arrive in order; a cut loses what was on its way, but for delayed words of a controller that is no more. On top
+of that, `Weather` (a window of time in which faults strike some links) loses, doubles and delays single messages, so
+that they overtake each other, and partitions hold everything back: what outlasts `bus.lost_after_s` is cut.
 
 Messages are encoded and decoded with `shared.bus.wire`, as on a real socket.
 """
@@ -107,11 +107,11 @@ class Network:
 class Link:
     """One rank's (or person's) way to the controller. `take` gets what arrives, decoded."""
 
-    def __init__(
-        self, network: Network, name: str, peer: bytes, take: Callable[[Envelope, Frames], None]
-    ) -> None:
+    def __init__(self, network: Network, name: str, peer: bytes, take: Callable[[Envelope, Frames], None]) -> None:
         self.name, self.peer = name, peer
         self.listener: Listener | None = None
+        self.troubled_at = 0.0
+        """When something was last lost, held back or cut here."""
         self._network, self._take = network, take
         self._connection = 0
         self._in_order = [0.0, 0.0]
@@ -123,6 +123,7 @@ class Link:
     def cut(self) -> None:
         """The connection breaks, and is made anew a little later."""
         self._connection += 1
+        self.troubled_at = self._network.world.now
         if self.listener is not None:
             self.listener = None
             if not self._closed:
@@ -159,23 +160,29 @@ class Link:
     def _put(self, way: int, arrive: Callable[[], None]) -> None:
         network, world = self._network, self._network.world
         network.sent += 1
-        connection = self._connection
+        connection, sender = self._connection, self.listener
 
-        def happen() -> None:
+        def happen(late: bool) -> None:
             blocked = network.blocked_until(self.name)
-            if self._connection != connection or self._closed:
+            # What a controller before this one said may have been read from the wire, and wait in some queue.
+            leftover = late and way == 1 and self.listener is not sender
+            if self._closed or (self._connection != connection and not leftover):
                 return
             if blocked > world.now:
+                self.troubled_at = blocked
                 self._in_order[way] = max(self._in_order[way], blocked)
-                world.after(blocked - world.now + 1e-6, happen)
+                world.after(blocked - world.now + 1e-6, lambda: happen(late))
                 return
             arrive()
 
-        for extra in network.strike(self.name):
+        copies = network.strike(self.name)
+        if copies != [0.0]:
+            self.troubled_at = max(self.troubled_at, world.now + max(copies, default=0.0))
+        for extra in copies:
             at = world.now + LATENCY_S * (0.5 + self._chance.random()) + extra
             if extra == 0.0:  # in order, behind what was sent before
                 at = self._in_order[way] = max(at, self._in_order[way] + 1e-7)
-            world.after(at - world.now, happen)
+            world.after(at - world.now, lambda late=extra > 0.0: happen(late))  # type: ignore[misc]
 
     def _reconnect(self) -> None:
         if self._closed or self.listener is not None:

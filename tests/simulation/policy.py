@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from shared.bus.wire import Frames
 from shared.messages import (
     AbortStep,
     AnyMessage,
@@ -34,7 +35,6 @@ from shared.messages import (
     WeightsFailed,
     WeightsSent,
 )
-from shared.bus.wire import Frames
 from tests.simulation import payload
 from tests.simulation.membership import Membership
 from tests.simulation.process import EXIT_DONE, EXIT_FAILED, Rank
@@ -208,10 +208,10 @@ class Policy:
 
     def _adopt(self, position: Position) -> None:
         held = self.position
-        if held is not None and (held.lineage, held.step) == (position.lineage, position.step):
-            if held.version < position.version:
-                self._hold(position, self.chain)
-                self._batch_began = None
+        same = held is not None and (held.lineage, held.step) == (position.lineage, position.step)
+        if same and held is not None and held.version < position.version:
+            self._hold(position, self.chain)
+            self._batch_began = None
 
     # --- checkpoints and weights --------------------------------------------------------------------------------------
 

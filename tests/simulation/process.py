@@ -37,6 +37,7 @@ class Rank:
         self.nonce = self.pid = nonce
         self.name = f"{replica}/{rank}*{nonce}"
         self.alive, self.frozen, self.hung = True, False, False
+        self.woke_at = 0.0
         self.standing = Standing()
         self.session = ReplicaSession(
             Passport(role, replica, rank, world, nonce, nonce, "here", datasets),
@@ -113,6 +114,7 @@ class Rank:
     def _wake(self) -> None:
         if self.frozen or self.hung:
             return
+        self.woke_at = self.world.now
         gathered, self._gathered = self._gathered, []
         for action in gathered:
             self.when_awake(action)

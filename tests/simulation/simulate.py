@@ -136,7 +136,10 @@ def run_seeds(first: int, seeds: int, *, every: int, keep_going: bool, brief: bo
             gc.collect()
         if number % every == 0:
             spent = time.monotonic() - began
-            print(f"{number} seeds from {first}: {failed} failed, {virtual:.0f} s lived in {spent:.0f} s, {terms} terms", flush=True)
+            print(
+                f"{number} seeds from {first}: {failed} failed, {virtual:.0f} s lived in {spent:.0f} s, {terms} terms",
+                flush=True,
+            )
     return failed
 
 

@@ -1,8 +1,11 @@
-"""The simulator as a test: some seeds live, and every deliberate bug is caught by the seed that is known to catch it."""
+"""The simulator as a test: some seeds live, and every deliberate bug is caught by a seed that is known to catch it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import structlog
 
 from tests.simulation.faults import Fault
 from tests.simulation.mutants import MUTANTS, Mutant, mutated, run
@@ -10,8 +13,11 @@ from tests.simulation.simulate import live, quiet, shrink
 
 
 @pytest.fixture(autouse=True)
-def _quiet_logs():
+def _quiet_logs() -> Iterator[None]:
+    before = structlog.get_config()
     quiet()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -46,6 +52,7 @@ def test_faults_that_do_not_matter_are_left_out_of_a_failure(monkeypatch: pytest
     assert [fault.kind for fault in shrink(fails(8, faults)).faults] == ["foreign data"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_deliberate_bug_is_caught(mutant: Mutant) -> None:
     with mutated(mutant) as folder:

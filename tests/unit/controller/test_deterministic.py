@@ -152,3 +152,26 @@ def test_whoever_is_lost_when_the_same_versions_are_judged_and_the_same_rows_sam
         assert judged == [(0, "first"), (2, "periodic"), (4, "last")], f"after {events} messages"
         rows = [[(row, seed) for _, row, seed in groups] for _, groups in composition(world)]
         assert rows == [[(row, seed) for _, row, seed in groups] for _, groups in composition(expected)]
+
+
+def test_no_wave_is_sampled_and_no_version_passes_while_a_round_is_open() -> None:
+    world = small_world(**TABLES, **JUDGED)
+    rollout = world.models["rollout-0"]
+    rollout.slow = True
+    for _ in range(200):
+        world.deliver()
+        judged = world.core.state.evaluation.round
+        if judged is not None and judged.why == "periodic":
+            break
+        world.finish(rollout)
+    assert world.core.state.version == 2
+    for key in list(rollout.working):
+        assert {grant.purpose for grant, _ in rollout.working.values()} == {"eval"}
+        world.finish(rollout, key)
+        world.deliver()
+    assert world.core.state.version == 2
+    assert [grant.purpose for grant, _ in rollout.working.values()] == ["train"] * 4
+    for key in list(rollout.working):
+        world.finish(rollout, key)
+    world.deliver()
+    assert world.core.state.version == 3

@@ -106,6 +106,24 @@ def test_a_failed_checkpoint_is_tried_again_with_the_next_batch_and_training_goe
     assert [version for version, _ in saves(world)] == [1, 2, 3, 4]
 
 
+def test_a_failed_checkpoint_is_not_tried_again_before_there_is_more_to_save() -> None:
+    world = small_world(train={"batches": 4}, checkpoint={"every": 1})
+    policy, rollout = world.models["policy-0"], world.models["rollout-0"]
+    rollout.slow, policy.silent = True, {SaveCheckpoint}
+    world.deliver()
+    for _ in range(4):
+        world.finish(rollout)
+    world.deliver()
+    assert saves(world) == [(1, False)]
+    world.say(policy, CheckpointFailed(Position(1, 1, 1), "No space left on device"))
+    world.pass_time(5.0)
+    assert saves(world) == [(1, False)]
+    for _ in range(4):
+        world.finish(rollout)
+    world.deliver()
+    assert saves(world) == [(1, False), (2, False)]
+
+
 def test_the_last_checkpoint_is_tried_again_when_it_fails() -> None:
     world = small_world()
     policy = world.models["policy-0"]

@@ -178,3 +178,26 @@ def test_the_source_stages_before_it_is_told_to_commit_the_next_step() -> None:
     for order in [order for order in seen if isinstance(order, SendWeights)]:
         steps = [m for m in seen[: seen.index(order)] if isinstance(m, TrainStep)]
         assert all(step.position.version < order.position.version for step in steps)
+
+
+def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again() -> None:
+    world = small_world(train={"batches": 6})
+    policy, rollout = world.models["policy-0"], world.models["rollout-0"]
+    rollout.slow = True
+    world.deliver()
+    policy.silent = {SendWeights}
+    for _ in range(4):
+        world.finish(rollout)
+    world.deliver()
+    assert rollout.holds == Position(1, 1, 1), "swapped in, and the source has not told its digest"
+    unchecked, checked = list(rollout.working)[:2]
+    assert world.say(rollout, rollout.report(unchecked)) == "fresh"
+    assert [fact.group for fact in world.of(Requeued)] == [unchecked[0]]
+
+    policy.silent = set()
+    order = policy.told(SendWeights)[-1]
+    for answer in policy.take(order):
+        world.say(policy, answer)
+    assert world.say(rollout, rollout.report(checked)) == "fresh"
+    assert [fact.group for fact in world.of(Requeued)] == [unchecked[0]]
+    assert checked[0] in {group.id for group in world.core.state.ledger.having("reported")}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from services.rollout.__main__ import open_datasets
+from services.rollout.process import open_datasets
 from services.rollout.rewards_pool import RewardsPool
 from services.rollout.service import RolloutService
 from shared.bus import Delivery, Fenced
