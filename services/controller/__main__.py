@@ -16,7 +16,7 @@ from services.controller.recovery import DriftedJournal, open_run
 from services.controller.server import Controller
 from services.controller.spool import Spool
 from shared.bus import BindRefused, RouterBus
-from shared.records import JOURNAL, SPOOL, JournalDamaged
+from shared.records import JOURNAL, SPOOL, JournalDamaged, SpoolDamaged
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_RECIPE, ServiceArguments, run_service
 from shared.telemetry import get_logger
 
@@ -47,8 +47,8 @@ def main(arguments: ServiceArguments) -> int:
     except BindRefused as error:
         log.error("the controller cannot listen", why=str(error))
         return EXIT_RECIPE
-    except (JournalDamaged, DriftedJournal) as error:
-        log.error("the journal cannot be used", why=str(error))
+    except (JournalDamaged, DriftedJournal, SpoolDamaged) as error:
+        log.error("the run's records cannot be used", why=str(error))
         return EXIT_FATAL
     except OSError as error:
         log.error("the run folder cannot be written: nothing acknowledged is lost, mend it and resume", why=str(error))
