@@ -101,10 +101,9 @@ class Journal:
             self._segments.append(f"{len(self._segments) + 1:08d}.log")
             self._sealed.insert(0, MAGIC)
             self._size = 0
-        data = b"".join(self._sealed)
-        self._disk.append(self._segments[-1], data)
+        self._disk.append(self._segments[-1], *self._sealed)
         self._disk.sync(self._segments[-1])
-        self._size += len(data)
+        self._size += sum(map(len, self._sealed))
         self._sealed = []
         self.durable = self._sealed_number
 

@@ -59,10 +59,11 @@ class Spool:
 
     def flush(self) -> None:
         """Make everything sealed durable. May run in another thread while others are appended."""
+        parts: dict[str, list[bytes | memoryview]] = {}
         for name, frames in self._sealed:
-            for frame in frames:
-                self._disk.append(name, frame)
-        for name in sorted({name for name, _ in self._sealed}):
+            parts.setdefault(name, []).extend(frames)
+        for name in parts:
+            self._disk.append(name, *parts[name])  # in one go: each call would have to wait for the other thread
             self._disk.sync(name)
         self._sealed = []
 

@@ -108,10 +108,10 @@ class Handle:
             raise FileNotFoundError(errno.ENOENT, "no such file", name)
         return bytes(data[offset:]) if size is None else bytes(data[offset : offset + size])
 
-    def append(self, name: str, data: bytes) -> None:
+    def append(self, name: str, *parts: bytes | memoryview) -> None:
         """Takes what fits, and then fails, as a real disk does."""
         self._write("append", name)
-        fits = data
+        fits = data = b"".join(parts)
         if self._image.room is not None:
             fits = data[: self._image.room]
             self._image.room -= len(fits)

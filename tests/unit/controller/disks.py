@@ -24,10 +24,10 @@ class MemoryDisk:
         data = bytes(self.files[name])
         return data[offset:] if size is None else data[offset : offset + size]
 
-    def append(self, name: str, data: bytes | memoryview) -> None:
+    def append(self, name: str, *parts: bytes | memoryview) -> None:
         """Add to the end; a full disk takes what fits and then fails, as a real one does."""
         self.log.append(("append", name))
-        data = bytes(data)
+        data = b"".join(parts)
         fits = data if self.room is None else data[: self.room]
         self.files.setdefault(name, bytearray()).extend(fits)
         if self.room is not None:

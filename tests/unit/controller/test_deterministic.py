@@ -175,3 +175,15 @@ def test_no_wave_is_sampled_and_no_version_passes_while_a_round_is_open() -> Non
         world.finish(rollout, key)
     world.deliver()
     assert world.core.state.version == 3
+
+
+def test_after_a_rollback_the_same_versions_are_judged_while_recorded_batches_wait() -> None:
+    world = small_world(**TABLES, **JUDGED)
+    world.run(lambda: world.core.state.version == 3)
+    policy = world.replace("policy-0")
+    world.deliver(pick=lambda models: policy if policy in models else models[0])  # the engine is the slow one
+    world.pass_time(100.0)
+    assert world.ended is not None and world.ended.outcome == "complete"
+    judged = [f for f in world.of(Evaluated) if isinstance(f, Evaluated)]
+    assert [(f.version, f.why) for f in judged if f.lineage == 1] == [(0, "first"), (2, "periodic")]
+    assert [(f.version, f.why) for f in judged if f.lineage == 2] == [(0, "first"), (2, "periodic"), (4, "last")]

@@ -63,3 +63,11 @@ def test_a_new_name_is_synced_with_its_folder_once(tmp_path: Path, monkeypatch: 
     disk.replace("b", b"3")
     assert synced == [False, True, False, False, True], "the content before the rename, the folder after it"
     disk.close()
+
+
+def test_a_file_that_another_process_wrote_can_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FolderDisk(tmp_path).append("a", b"left behind")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    FolderDisk(tmp_path).sync("a")
+    assert len(synced) == 2, "the file, and the folder that names it"

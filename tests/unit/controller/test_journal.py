@@ -395,3 +395,11 @@ def test_a_torn_tail_is_left_out_by_readers_too(tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / FIRST).write_bytes(whole[: start + 9])
     assert [number for number, _ in read_journal(tmp_path)] == [1, 2]
+
+
+def test_what_a_dead_process_left_unsynced_is_synced_before_it_counts() -> None:
+    disk = MemoryDisk()
+    write(Journal(disk, BIG), 2)
+    disk.log.clear()
+    Journal(disk, BIG)
+    assert ("sync", "00000001.log") in disk.log

@@ -8,7 +8,7 @@ import pytest
 
 from services.controller.core.core import Core
 from services.controller.core.outcome import Committed, Consumed, Gone, RolledBack, Send, Welcome
-from shared.messages import CommitStep, GradientsReady, Lease, LeaseRef, StepApplied, TrainStep
+from shared.messages import CommitStep, GradientsReady, Lease, LeaseRef, RevokeMesh, StepApplied, TrainStep
 from tests.unit.controller.world import World, recipe, small_world
 
 WHOLE = {
@@ -184,3 +184,25 @@ def test_a_policy_that_dies_with_the_controller_costs_only_what_was_not_settled(
     assert world.ended is not None and world.ended.outcome == "complete"
     assert world.audit(tmp_path).faults == []
     assert len(world.of(Consumed)) == 7
+
+
+def test_whoever_was_away_when_a_mesh_was_revoked_hears_of_it_when_it_is_back() -> None:
+    world = small_world(rollouts=2)
+    world.run(lambda: any(mesh.state == "formed" for mesh in world.core.state.meshes.meshes.values()))
+    world.crash(rejoin=False)
+    world.lose("rollout-1")
+    world.effects.clear()
+    world.register(world.models["rollout-0"])
+    kinds = [type(effect) for effect in world.effects]
+    told = [effect for effect in world.effects if isinstance(effect, Send) and isinstance(effect.message, RevokeMesh)]
+    assert [(effect.replica, effect.message.epoch) for effect in told] == [("rollout-0", 1)]
+    assert kinds.index(Welcome) < world.effects.index(told[0]), "not before its session is open"
+
+
+def test_a_fresh_process_is_told_of_no_mesh_that_it_never_knew() -> None:
+    world = small_world(rollouts=2)
+    world.run(lambda: any(mesh.state == "formed" for mesh in world.core.state.meshes.meshes.values()))
+    world.effects.clear()
+    world.replace("rollout-0")
+    sent = [e for e in world.effects if isinstance(e, Send) and isinstance(e.message, RevokeMesh)]
+    assert "rollout-0" not in [effect.replica for effect in sent]

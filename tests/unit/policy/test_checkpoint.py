@@ -255,3 +255,17 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_nothing(
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(tools.trainer(tools.recipe()), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_was_given_up_touches_nothing_of_the_lineage_after_it(tools: Any, tmp_path: Path) -> None:
+    zombie, heir = tools.trainer(tools.recipe()), tools.trainer(tools.recipe())
+    for step in (2, 4, 6):
+        heir.position = Position(2, step, step)
+        save(heir, tmp_path, keep=3)
+    zombie.position = Position(1, 4, 4)
+    with pytest.raises(CheckpointError, match="later lineage"):
+        save(zombie, tmp_path, keep=1)
+    zombie.position = Position(1, 5, 5)
+    save(zombie, tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5", "6"]
+    assert checkpoint.read_state(tmp_path / "6").position == heir.position

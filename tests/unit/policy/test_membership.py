@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -23,6 +24,16 @@ def test_a_rank_that_is_no_member_says_so(tools: Any) -> None:
     stranger.meshes.form(FormMesh(tools.identity(1, "a", "b"), 5.0))
     answer = stranger.next()
     assert isinstance(answer, MeshFailed) and "none of the members" in answer.cause
+
+
+def test_a_process_that_was_taken_for_lost_is_a_member_under_its_new_incarnation(tools: Any) -> None:
+    rendezvous = tools.rendezvous()
+    members = [tools.member(name, rendezvous) for name in ("a", "b")]
+    identity = tools.identity(1, "a", "b")
+    came_back = [msgspec.structs.replace(member, incarnation=7) for member in identity.members]
+    for member in members:
+        member.meshes.form(FormMesh(msgspec.structs.replace(identity, members=came_back), 20.0))
+    assert [member.next() for member in members] == [MeshFormed(1), MeshFormed(1)]
 
 
 def test_a_missing_member_fails_the_forming_within_its_timeout(tools: Any) -> None:
