@@ -15,7 +15,7 @@ from services.controller.audit import audit_run
 RECIPE = "benchmarks/control_plane.toml"
 BATCH = 64
 """Groups in a batch of the recipe."""
-AHEAD = 64
+AHEAD = 32
 """Groups leased ahead to each load process: the recipe's slots, twice, in groups of 64 samples."""
 WARM_UP = 0.2
 """Share of the groups that pass before the clock starts."""

@@ -239,7 +239,9 @@ class ReplicaSession:
             self.phase = Phase.FENCED
             return [FencedOff(refused)]
         if refused.fault in ("term", "unknown_sender"):
-            return self.register(now) if self.phase is Phase.OPEN else []
+            # Of this very Register: its session began and ended, and the welcome was lost. The number is used up.
+            over = reply_to == self._register_request
+            return self.register(now) if self.phase is Phase.OPEN or over else []
         if self.phase is Phase.REGISTERING and reply_to == self._register_request:
             return self._reject(refused)
         if reply_to in self._questions:

@@ -96,6 +96,13 @@ def _usurp(fleet: Fleet, fault: Fault) -> None:
     fleet.usurp(fault.who)
 
 
+def _usurp_at_crash(fleet: Fleet, fault: Fault) -> None:
+    """Old and new process of a replica meet in front of a new controller, whose disk is slow."""
+    fleet.usurp(fault.who)
+    _crash(fleet, fault)
+    fleet.world.after(0.1 + fault.seconds, lambda: _slow_disk(fleet, fault))
+
+
 def _slow(fleet: Fleet, fault: Fault) -> None:
     fleet.plan.speed[fault.who] = 1.0 + 8.0 * fault.share
 
@@ -210,7 +217,7 @@ def _nan(fleet: Fleet, fault: Fault) -> None:
 
 
 def _bad_digest(fleet: Fleet, fault: Fault) -> None:
-    fleet.bad_digests += 1
+    fleet.bad_digests += 1 + fault.number % 3
 
 
 def _bad_checkpoint(fleet: Fleet, fault: Fault) -> None:
@@ -242,6 +249,7 @@ _KINDS: dict[str, Callable[[Fleet, Fault], None]] = {
     "freeze": _freeze,
     "hang": _hang,
     "usurp": _usurp,
+    "usurp at crash": _usurp_at_crash,
     "slow": _slow,
     "leave": _leave,
     "join storm": _join_storm,

@@ -90,8 +90,9 @@ class Group:
                 return
             served[member] = None
             receiving.end(content, "")
-            if len(served) == self._size - 1:
-                sending.end(content, "")
+            if len(served) == self._size - 1:  # the source may be the last to know
+                late = self._chance.random() * self._chance.choice([0.0, 0.0, 2.0])
+                self._world.after(late, lambda: sending.end(content, ""))
 
         self._world.after(0.05 + 0.6 * self._chance.random(), arrive)
 

@@ -30,7 +30,7 @@ class Plan:
 def plan_of(seed: int) -> Plan:
     """The plan of a seed."""
     draw = random.Random(f"{seed}/plan")
-    deterministic = draw.random() < 0.2
+    deterministic = draw.random() < 0.25
     sft, train = draw.random() < 0.75, draw.random() < 0.95
     train = train or not sft
     minibatches = draw.choice([1, 1, 2])

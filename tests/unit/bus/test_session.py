@@ -169,6 +169,17 @@ def test_a_controller_that_does_not_know_this_session_is_registered_with_again_o
     assert rank.session.phase is Phase.OPEN
 
 
+def test_a_registration_whose_session_is_over_before_the_welcome_came_begins_anew_with_its_own_number(rank):
+    first = rank.registration.request
+    rank.hear(refused("unknown_sender"), reply_to=first, now=0.1)
+    again = rank.said(rank.session.tick(1.0))
+    assert [type(e.body) for e in again] == [Register]
+    assert again[0].request > first
+    assert rank.session.phase is Phase.REGISTERING
+    rank.welcome(request=again[0].request)
+    assert rank.session.phase is Phase.OPEN
+
+
 def test_a_fenced_process_says_nothing_more(rank):
     rank.welcome()
     (sent,) = rank.said(rank.session.push(returned(0), (), 0.0))
