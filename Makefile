@@ -52,7 +52,7 @@ test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
 
 simulate: $(STAMP) ## live SEEDS runs under faults from FIRST on, in virtual time (SEEDS=1 FIRST=n replays one)
-	@PYTHONHASHSEED=0 $(BUDGETED) $(SIMULATION_BUDGET) $(BIN)/python -m tests.simulation.simulate \
+	@$(BUDGETED) $(SIMULATION_BUDGET) $(BIN)/python -m tests.simulation.simulate \
 		--seeds $(SEEDS) --first $(FIRST) --jobs $(JOBS)
 
 check: $(STAMP) ## formatting, lint, types, import rules
