@@ -51,10 +51,13 @@ def configure_router(socket: zmq.Socket, settings: BusTable) -> None:
 
 def send_now(socket: zmq.asyncio.Socket, parts: Sequence[Frame]) -> BaseException | None:
     """Hand `parts` to ZeroMQ without waiting and, where they are large, without copying; returns what went wrong."""
-    # What came in as a frame goes out as that frame: a view of it would be wrapped once more, and freed by a thread.
-    frames = [part.obj if isinstance(part, memoryview) and isinstance(part.obj, zmq.Frame) else part for part in parts]
-    sent = cast("asyncio.Future[object]", socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False))
+    sent = cast("asyncio.Future[object]", socket.send_multipart(as_frames(parts), flags=zmq.DONTWAIT, copy=False))
     return sent.exception()  # with DONTWAIT the future is done already
+
+
+def as_frames(parts: Sequence[Frame]) -> list[Frame | zmq.Frame]:
+    """What came in as a frame goes out as that frame: a view would be wrapped once more, and freed by a thread."""
+    return [part.obj if isinstance(part, memoryview) and isinstance(part.obj, zmq.Frame) else part for part in parts]
 
 
 def max_bytes(settings: BusTable) -> int:
