@@ -2,7 +2,8 @@
 
 Who waits for whom: a reader task takes messages off the bus into a bounded queue; the loop decides on everything that
 is there; a committer has what was decided made durable in one go (the group commit, in a thread), and lets the
-consequences out. While the disk syncs, the loop decides on what comes next, which then waits for the next commit.
+consequences out. While the disk syncs, the loop decides on what comes next, and a writer (another thread) hands its
+payloads to the operating system: they wait for the next commit, which finds them written.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Controller:
         self._tick_at = 0.0
         self._queue: asyncio.Queue[Incoming] = asyncio.Queue(QUEUE)
         self._decided = asyncio.Event()
+        self._spooled = asyncio.Event()
         self._committed = asyncio.Event()
 
     async def serve(self, run: str) -> EndRun:
@@ -47,7 +49,7 @@ class Controller:
         await self._commit()
         self._outputs.address(await self._bus.start(), self._bus.term)
         log.info("the controller listens", address=self._bus.address, term=self._bus.term)
-        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._commit_forever())]
+        tasks = [asyncio.create_task(job()) for job in (self._read, self._write_forever, self._commit_forever)]
         try:
             while self._shell.ending is None:
                 await self._turn(tasks)
@@ -81,10 +83,18 @@ class Controller:
             self._tick_at = now + TICK_S
             self._shell.tick()
         self._decided.set()
+        self._spooled.set()
 
     async def _read(self) -> None:
         while True:
             await self._queue.put(await self._bus.recv())
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._spooled.wait()
+            self._spooled.clear()
+            if self._shell.unwritten:
+                await asyncio.to_thread(self._shell.write)
 
     async def _commit_forever(self) -> None:
         while True:

@@ -170,7 +170,6 @@ class Shell:
 
         Who takes nothing meanwhile need not call it: `sync` and `release` do.
         """
-        self._spool.seal()
         self._journal.seal()
         self._sealed, self._decided = self._decided, _Commit()
 
@@ -178,8 +177,17 @@ class Shell:
         """Make durable what was sealed: payloads first, then the records that speak of them."""
         if self._sealed is None:
             self.seal()
-        self._spool.flush()
+        self._spool.sync()
         self._journal.flush()
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether `write` would find something."""
+        return self._spool.unwritten
+
+    def write(self) -> None:
+        """Write payloads that no `sync` has come to yet: it will find less to do. May run beside it."""
+        self._spool.write()
 
     def release(self) -> None:
         """Let out what follows from the sealed events, which are durable now. May decide something at once."""

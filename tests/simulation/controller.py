@@ -124,6 +124,7 @@ class ControllerProcess:
         self._ended = ended
         self._outputs = outputs
         self._chance = world.chance("controller")
+        self._writer = world.chance("writer")
         self._queue: deque[Incoming] = deque()
         self._busy = False
         self._goodbye_until: float | None = None
@@ -254,6 +255,8 @@ class ControllerProcess:
             self._busy = True
             delay = (0.001 + 0.01 * self._chance.random()) + self.disk_delay_s * self._chance.random()
             self.world.after(delay, lambda: self._guarded(self._sync))
+            if self._writer.random() < 0.5:  # it comes before the sync
+                self.world.after(delay * self._writer.random(), lambda: self._guarded(self._shell.write))
             return
         self._release()
 

@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant(
         "payloads are not synced",
         4,
-        (("services/controller/shell.py", "        self._spool.flush()\n", ""),),
+        (("services/controller/shell.py", "        self._spool.sync()\n", ""),),
     ),
     Mutant(
         "committed before the vote",

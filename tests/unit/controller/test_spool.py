@@ -78,20 +78,48 @@ def test_segments_that_nobody_needs_are_deleted_but_never_the_one_in_use() -> No
     places = [spool.append([b"0123456789"]) for _ in range(4)]
     spool.sync()
     spool.free_below(3)
+    spool.sync()
     assert disk.names() == ["00000003.seg", "00000004.seg"]
     assert raw(spool.read(places[2])) == [b"0123456789"]
     spool.free_below(99)
+    spool.sync()
     assert disk.names() == ["00000004.seg"]
 
 
-def test_with_nothing_needed_all_but_the_segment_in_use_goes() -> None:
+def test_what_may_go_is_deleted_by_the_next_sync_since_that_takes_a_while() -> None:
     disk = MemoryDisk()
     spool = Spool(disk, 10)
     for _ in range(3):
         spool.append([b"0123456789"])
     spool.sync()
-    spool.free_below(-1)
+    spool.free_below(3)
+    assert len(disk.names()) == 3
+    spool.sync()
     assert disk.names() == ["00000003.seg"]
+
+
+def test_what_was_written_ahead_counts_only_when_it_is_synced() -> None:
+    disk = MemoryDisk()
+    spool = Spool(disk, 100)
+    spool.append([b"before"])
+    spool.sync()
+    place = spool.append([b"0123456789"])
+    assert spool.unwritten
+    spool.write()
+    assert not spool.unwritten
+    with pytest.raises(SpoolDamaged):
+        Spool(disk.after_crash(), 100).read(place)
+    spool.sync()
+    assert raw(Spool(disk.after_crash(), 100).read(place)) == [b"0123456789"]
+
+
+def test_payload_is_forwarded_from_memory_once_and_read_back_after_that() -> None:
+    disk = MemoryDisk()
+    spool = Spool(disk, 100)
+    place = spool.append([b"0123456789"])
+    assert raw(spool.read(place)) == [b"0123456789"], "nothing is on the disk yet"
+    spool.sync()
+    assert raw(spool.read(place)) == [b"0123456789"]
 
 
 def test_one_sync_covers_every_segment_that_was_written() -> None:
