@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ def measure_throughput(folder: Path, groups: int, rounds: int) -> dict[str, Any]
     for index in range(rounds):
         for name, measure, rates in (("controller", controller_rate, ours), ("bare", bare_rate, bare)):
             rates.append(measure(folder / f"{name}-{index}", groups, LOADS))
+            shutil.rmtree(folder / f"{name}-{index}")  # gigabytes, whose pages would slow the next round down
             print(f"round {index + 1} {name}: {rates[-1].groups_per_s:.0f} groups/s, CPU ms a group {rates[-1].cpu_ms}")
     ratios = [mine.groups_per_s / other.groups_per_s for mine, other in zip(ours, bare, strict=True)]
     return {
@@ -117,8 +119,8 @@ def _pair(quantiles: Any) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Measure the control plane beside a bare loop and with large fleets.")
-    parser.add_argument("--groups", type=int, default=1920, help="groups in each round (multiple of 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of controller and bare loop; 0: none")
+    parser.add_argument("--groups", type=int, default=2560, help="groups in each round (multiple of 128)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of controller and bare loop; 0: none")
     parser.add_argument("--fleets", type=int, nargs="*", default=[100, 1000], help="fleet sizes")
     parser.add_argument("--folder", type=Path, help="where runs are written (default: a temporary folder in runs/)")
     given = parser.parse_args()

@@ -13,8 +13,8 @@ from benchmarks.load.processes import Children, children, wait_for_address
 from services.controller.audit import audit_run
 
 RECIPE = "benchmarks/control_plane.toml"
-BATCH = 64
-"""Groups in a batch of the recipe."""
+BATCH = 128
+"""Groups in a batch, as in the published Cosmos-Reason1 recipe (128 prompts)."""
 AHEAD = 32
 """Groups leased ahead to each load process: the recipe's slots, twice, in groups of 64 samples."""
 WARM_UP = 0.2
