@@ -133,18 +133,62 @@ def test_a_first_segment_torn_inside_its_magic_is_begun_anew() -> None:
         assert bytes(disk.files[FIRST]) == whole
 
 
-def test_any_flipped_byte_of_the_last_record_costs_that_record_at_most() -> None:
+@pytest.mark.parametrize("mask", [0x01, 0x10, 0x80, 0xFF])
+def test_any_flipped_byte_of_the_last_record_costs_that_record_alone_and_writing_goes_on(mask: int) -> None:
     whole, start = written(4)
     for at in range(start, len(whole)):
-        for bit in (0x01, 0x80):
-            damaged = bytearray(whole)
-            damaged[at] ^= bit
-            try:
-                found = causes(MemoryDisk({FIRST: bytes(damaged)}))
-            except JournalDamaged as error:
-                assert FIRST in str(error)
-            else:
-                assert found == ["x" * n for n in range(1, 4)], f"byte {at}"
+        damaged = bytearray(whole)
+        damaged[at] ^= mask
+        disk = MemoryDisk({FIRST: bytes(damaged)})
+        journal = Journal(disk, BIG)
+        assert (journal.number, journal.cut) == (3, len(whole) - start), f"byte {at}"
+        assert bytes(disk.files[FIRST]) == whole[:start]
+        write(journal, 1)
+        assert bytes(disk.files[FIRST]) == whole
+
+
+def test_a_last_record_alone_in_its_segment_is_cut_like_any_other() -> None:
+    disk = MemoryDisk()
+    write(Journal(disk, 1), 3)
+    last = disk.names()[-1]
+    whole, start = bytes(disk.files[last]), len(MAGIC)
+    broken = [whole[:length] for length in range(start, len(whole))]
+    broken += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(start, len(whole))]
+    for data in broken:
+        torn = disk.copy()
+        torn.files[last][:] = data
+        journal = Journal(torn, 1)
+        assert (journal.number, journal.cut) == (2, len(data) - start)
+        write(journal, 1)
+        assert causes(torn, 1) == ["x", "xx", "xxx"]
+
+
+def test_a_last_segment_whose_magic_is_flipped_is_refused() -> None:
+    disk = MemoryDisk()
+    write(Journal(disk, 1), 3)
+    last = disk.names()[-1]
+    for at in range(len(MAGIC)):
+        damaged = disk.copy()
+        damaged.files[last][at] ^= 0xFF
+        with pytest.raises(JournalDamaged, match=f"{last}: expected a journal segment"):
+            Journal(damaged, 1)
+
+
+def test_a_damaged_last_record_leaves_the_snapshot_before_it_and_voids_the_one_after_it() -> None:
+    disk = MemoryDisk()
+    journal = Journal(disk, BIG)
+    write(journal, 3)
+    journal.save_snapshot(b"three")
+    start = len(disk.files[FIRST])
+    write(journal, 1)
+    journal.save_snapshot(b"four")
+    whole = bytes(disk.files[FIRST])
+    for at in range(start, len(whole)):
+        for data in (whole[:at], whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]):
+            damaged = disk.copy()
+            damaged.files[FIRST][:] = data
+            again = Journal(damaged, BIG)
+            assert (again.number, again.snapshot(), list(again.replay())) == (3, b"three", [])
 
 
 def test_any_flipped_byte_before_the_last_record_is_refused() -> None:

@@ -1,12 +1,8 @@
-"""A prompt group's life: attempts, transitions that must not exist, and books that balance after everything."""
+"""A prompt group's life: attempts, transitions that must not exist, and leases through the whole core."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from services.controller.core.events import Spooled
 from services.controller.core.ledger import Group, Ledger
@@ -60,7 +56,7 @@ def test_a_requeued_group_keeps_nothing_of_what_was_sampled() -> None:
     group = a_group(ledger, "reported")
     ledger.requeue(group)
     assert (group.rewards, group.lengths, group.arrays, group.spooled, group.kept) == ([], [], [], None, False)
-    assert ledger.first_segment() is None
+    assert ledger.first_segment() == ledger.segment, "only the newest, which may be in use"
 
 
 @pytest.mark.parametrize(
@@ -130,48 +126,6 @@ def test_a_rollback_carries_open_groups_and_takes_consumption_back() -> None:
     assert ledger.book(2).issued == 2
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.integers(0, 2**32))
-def test_books_balance_after_every_move_of_any_sequence(seed: int) -> None:
-    chance = random.Random(seed)
-    ledger, lineage = Ledger(seed=seed), 1
-    for _ in range(60):
-        groups = list(ledger.groups.values())
-        group = chance.choice(groups) if groups else None
-        move = chance.choice(["draw", "lease", "report", "requeue", "assign", "consume", "settle", "discard", "carry"])
-        try:
-            if move == "draw" or group is None:
-                ledger.draw(lineage, chance.choice(["train", "eval", "sft"]), DATASET, 0, 1, 2, SAMPLING, 0)
-            elif move == "lease":
-                ledger.lease(group, "r", 1, 0, 0.0, 1.0)
-            elif move == "report":
-                ledger.report(group, a_report(group), PLACE)
-            elif move == "consume":
-                ledger.consume(group, lineage) if group.state in ("reported", "assigned") else None
-            elif move == "settle":
-                ledger.settle(group, lineage)
-            elif move == "discard":
-                ledger.discard(group, lineage, chance.choice(["stale", "nonfinite"]))
-            elif move == "carry":
-                if chance.random() < 0.2 and not any(g.purpose == "eval" for g in groups):
-                    for each in groups:
-                        ledger.carry(each, lineage, lineage + 1)
-                    lineage += 1
-            else:
-                getattr(ledger, move)(group)
-        except ValueError:
-            if move == "consume":
-                ledger.book(lineage).consumed -= 1  # the count of a move that the rules never make
-        for number, book in ledger.books.items():
-            still = sum(g.state != "consumed" for g in ledger.groups.values()) if number == lineage else 0
-            assert book.issued == book.consumed + sum(book.discarded.values()) + still
-        for state in ("queued", "leased", "reported", "assigned", "consumed"):
-            for purpose in ("train", "eval", "sft"):
-                having = [g for g in ledger.groups.values() if (g.state, g.purpose) == (state, purpose)]
-                assert ledger.having(state, purpose) == having  # type: ignore[arg-type]
-        assert ledger.held_by("r") == ledger.having("leased")
-
-
 # --- leases, through the whole core ----------------------------------------------------------------------------------
 
 
@@ -193,7 +147,7 @@ def test_no_more_is_leased_than_the_stage_will_train() -> None:
 
 
 def test_leases_and_evaluation_rows_are_spread_evenly_over_the_fleet() -> None:
-    world = World(recipe(evaluation={"dataset": "heldout", "problems": 9}))
+    world = World(recipe(evaluation={"suites": {"heldout": {"problems": 9}}}))
     slow = [world.join(f"rollout-{n}", "rollout", slow=True) for n in range(3)]
     world.join("policy-0", "policy")
     ready_at_once(world)
