@@ -1,7 +1,7 @@
 """What a rewards pool and its workers say to each other over pipes: length-prefixed msgpack frames.
 
 A frame is a 4-byte big-endian length and a msgpack map. The pool sends one `Setup`, then `Task`s, one at a time; the
-worker answers `Ready` (or `Unable`) once and each task with a `Verdict`.
+worker answers `Ready` (or `Unable`) once and each task with `Working`, once a part of the reward, and a `Verdict`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import struct
 from typing import TypeVar
 
 import msgspec
-
-from shared.config.schema import RewardPart
 
 LENGTH = struct.Struct(">I")
 MAX_FRAME = 8 * 1024 * 1024
@@ -23,32 +21,45 @@ class WireError(Exception):
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """Pool -> worker, first: the recipe's [data.NAME] tables as plain maps, and the worker's address space in MiB."""
+    """Pool -> worker, first: tables of the recipe as plain maps, and the worker's address space in MiB."""
 
     datasets: dict[str, dict[str, object]]
+    parts: list[dict[str, object]]
     memory_mb: int
 
 
 class Task(msgspec.Struct, frozen=True, tag=True):
-    """Pool -> worker: judge `completion`, an answer to `row` of `dataset`, by `parts` (kind, weight)."""
+    """Pool -> worker: judge `completion`, of `tokens` tokens, an answer to `row` of `dataset`.
+
+    By the recipe's parts; a held-out one by the data set's verifier alone.
+    """
 
     number: int
     dataset: str
     row: int
     completion: str
-    parts: list[tuple[str, float]]
+    tokens: int
+    held_out: bool
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Worker -> pool: the data sets are open. `address_space_mb` is what that took."""
+    """Worker -> pool: data sets and rewards are open. `address_space_mb` is what that took."""
 
     address_space_mb: int
 
 
 class Unable(msgspec.Struct, frozen=True, tag=True):
-    """Worker -> pool: it cannot start, and why; it exits."""
+    """Worker -> pool: it cannot start, and why; it exits. `recipe`: no other worker could, as the recipe stands."""
 
     cause: str
+    recipe: bool
+
+
+class Working(msgspec.Struct, frozen=True, tag=True):
+    """Worker -> pool: task `number` is accepted, and now judged by this part of the reward."""
+
+    number: int
+    part: str
 
 
 class Verdict(msgspec.Struct, frozen=True, tag=True):
@@ -67,7 +78,7 @@ class Verdict(msgspec.Struct, frozen=True, tag=True):
 _Decoded = TypeVar("_Decoded")
 
 ToWorker = Setup | Task
-ToPool = Ready | Unable | Verdict
+ToPool = Ready | Unable | Working | Verdict
 
 _to_worker = msgspec.msgpack.Decoder(ToWorker)
 _to_pool = msgspec.msgpack.Decoder(ToPool)
@@ -97,11 +108,6 @@ def split_to_pool(buffer: bytearray) -> list[ToPool]:
         messages.append(_decoded(_to_pool, bytes(buffer[LENGTH.size : LENGTH.size + length])))
         del buffer[: LENGTH.size + length]
     return messages
-
-
-def reward_parts(pairs: list[tuple[str, float]]) -> list[RewardPart]:
-    """The recipe's parts as they came over the wire."""
-    return [RewardPart.model_validate({"kind": kind, "weight": weight}) for kind, weight in pairs]
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import msgspec
@@ -26,12 +26,16 @@ class DataError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question: chat `messages`, the reference `answer` ("" if there is none), a worked `response` for SFT."""
+    """One question: chat `messages`, the reference `answer` ("" if there is none), a worked `response` for SFT.
+
+    `columns` is the whole record that it was read from, for whoever wants more of it than that.
+    """
 
     messages: Messages
     answer: str
     response: str | None
     index: int
+    columns: Mapping[str, object] = field(default_factory=dict)
 
 
 class Dataset(ABC):
@@ -61,6 +65,19 @@ class Dataset(ABC):
                 f"data set {self.identity.name!r}, row {index}: expected a verifier's score from 0 to 1, got {score}"
             )
         return min(1.0, max(0.0, score))
+
+    def category(self, index: int, column: str) -> str:
+        """What row `index` has in `column`, as a text; a generated row's metadata are columns too."""
+        columns = self.row(index).columns
+        metadata = columns.get("metadata")
+        found = columns.get(column, metadata.get(column) if isinstance(metadata, Mapping) else None)
+        if isinstance(found, Mapping | list | tuple | None):
+            raise DataError(
+                f"data set {self.identity.name!r}, row {index}: expected a text or number in the category column "
+                f"{column!r}, got {type(found).__name__ if found is not None else 'no such column'}; columns found: "
+                f"{', '.join(map(str, columns)) or 'none'}; mend `category` of the suite"
+            )
+        return str(found)
 
     @abstractmethod
     def _row(self, index: int) -> Row: ...
@@ -106,7 +123,7 @@ def row_from_columns(record: Mapping[str, object], table: DataTable, index: int,
         answer = ""
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
         raise _bad_column(record, table.answer, "answer", "a text or a number", place)
-    return Row(messages=messages, answer=str(answer), response=response, index=index)
+    return Row(messages=messages, answer=str(answer), response=response, index=index, columns=record)
 
 
 def _is_message(message: object) -> bool:

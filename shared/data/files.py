@@ -50,7 +50,7 @@ class JsonlDataset(Dataset):
 
 
 class ParquetDataset(Dataset):
-    """A parquet file; only the columns that the table names are read."""
+    """A parquet file, read whole: rewards may want any of its columns."""
 
     def __init__(self, name: str, table: DataTable) -> None:
         import pyarrow
@@ -59,17 +59,15 @@ class ParquetDataset(Dataset):
         self._path = _existing_file(name, table)
         self._table = table
         try:
-            columns = parquet.read_schema(self._path).names
-            wanted = [column for column in columns if column in (table.prompt, table.answer, table.response)]
-            self._columns = parquet.read_table(self._path, columns=wanted)
+            self._columns = parquet.read_table(self._path)
         except pyarrow.ArrowInvalid as error:
             raise DataError(
                 f'{self._path}: expected a parquet file, got {error}; for JSON lines set `kind = "jsonl"`'
             ) from error
-        missing = [column for column in (table.prompt,) if column not in columns]
-        if missing:
+        columns = self._columns.column_names
+        if table.prompt not in columns:
             raise DataError(
-                f"{self._path}: expected column {missing[0]!r}, columns found: {', '.join(columns)}; "
+                f"{self._path}: expected column {table.prompt!r}, columns found: {', '.join(columns)}; "
                 f"name the right one with `prompt = ...` in [data.{name}]"
             )
         super().__init__(name, self._columns.num_rows, columns_fingerprint(table, _sha256(self._path)))

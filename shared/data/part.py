@@ -7,6 +7,7 @@ are cut by the question's own hash instead, so that two data sets with disjoint 
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from hashlib import blake2b
 
 import msgspec
@@ -32,7 +33,7 @@ class PartDataset(Dataset):
 
     def _row(self, index: int) -> Row:
         row = self._whole.row(self._indexes[index])
-        return Row(row.messages, row.answer, row.response, index)
+        return replace(row, index=index)
 
     def _score(self, index: int, completion_answer: str) -> float:
         return self._whole.score(self._indexes[index], completion_answer)

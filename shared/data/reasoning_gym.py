@@ -56,7 +56,7 @@ class ReasoningGymDataset(Dataset):
         entry = self._entry(index)
         messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         messages.append({"role": "user", "content": entry["question"]})
-        return Row(messages, str(entry["answer"]), worked_answer(self._task, entry), index)
+        return Row(messages, str(entry["answer"]), worked_answer(self._task, entry), index, entry)
 
     def _score(self, index: int, completion_answer: str) -> float:
         return float(self._rows.score_answer(completion_answer, self._entry(index)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from services.rollout import reward_worker
@@ -26,6 +27,11 @@ class Mischief:
                     Path(os.environ["MISCHIEF_CHILD"]).write_text(str(os.getpid()))
                 while True:
                     pass
+            case "leave a child and die":
+                if os.fork() == 0:
+                    while True:
+                        pass
+                os._exit(7)
             case "eat":
                 return float(len(bytearray(1 << 40)))
             case "raise":
@@ -37,7 +43,8 @@ class Mischief:
             case "garbage":
                 for name in os.listdir("/proc/self/fd"):
                     if int(name) > 2 and os.path.exists(f"/proc/self/fd/{name}"):
-                        os.write(int(name), b"\xff" * 64)
+                        with suppress(OSError):  # the pipe that is read from
+                            os.write(int(name), b"\xff" * 64)
                 return 1.0
             case "chatter":
                 print("a verifier may print", flush=True)
@@ -55,5 +62,9 @@ if __name__ == "__main__":
             pass
     if os.environ.get("MISCHIEF_START") == "die":
         os._exit(9)
+    if os.environ.get("MISCHIEF_START") == "die when handed a task":
+        once = os.environ.get("MISCHIEF_ONCE")
+        if once is None or not os.path.exists(once):
+            reward_worker.Worker.judge = lambda self, task: (once and Path(once).touch(), os._exit(8))
     reward_worker.open_dataset = lambda name, table: Mischief()
     sys.exit(reward_worker.main())

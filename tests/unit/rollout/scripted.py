@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from services.rollout.process import open_datasets
+from services.rollout.process import dataset_names
 from services.rollout.rewards_pool import RewardsPool
 from services.rollout.service import RolloutService
 from shared.bus import Delivery, Fenced
@@ -36,6 +36,7 @@ from shared.messages import (
     WeightsLoaded,
 )
 from shared.models import load_model
+from shared.serving.process import open_datasets
 from shared.weights import send_weights, stage
 from tests.unit.mesh.threads import Rendezvous
 
@@ -66,7 +67,7 @@ def recipe_of(folder: Path, **rollout: Any) -> Recipe:
             },
             "data": {"sums": {"kind": "jsonl", "path": str(path)}},
             "train": {"dataset": "sums", "batches": 1, "batch_size": 4, "lr": 1e-3, "max_staleness": 0},
-            "evaluation": {"dataset": "sums", "problems": 4},
+            "evaluation": {"suites": {"sums": {"problems": 4}}},
             "rewards": {"parts": [{"kind": "verifier"}, {"kind": "format", "weight": 0.5}]},
             "rollout": {"slots": 8, **rollout},
         }
@@ -127,9 +128,11 @@ class Rig:
     def __init__(self, folder: Path, **rollout: Any) -> None:
         self.folder = folder
         self.recipe = recipe_of(folder, **rollout)
-        self.datasets = open_datasets(self.recipe)
+        self.datasets = open_datasets(self.recipe, dataset_names(self.recipe))
         self.bus = ScriptedBus()
-        self.pool = RewardsPool(self.recipe.data, workers=1, timeout_s=30.0, memory_mb=2048, start_timeout_s=60.0)
+        self.pool = RewardsPool(
+            self.recipe.data, self.recipe.rewards.parts, workers=1, timeout_s=30.0, memory_mb=2048, start_timeout_s=60.0
+        )
         self.service = RolloutService(
             self.recipe, folder / "run", "rollout-0", self.bus, self.datasets, self.pool  # type: ignore[arg-type]
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The rewards pool: whatever a verifier does, its own sample alone pays for it."""
+"""The rewards pool: whatever a reward does, its own sample alone pays for it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 
 from services.rollout.rewards_pool import Judged, RewardsPool, RewardsPoolError
-from shared.config.schema import DataTable, RewardPart
+from shared.config import RecipeError
+from shared.config.schema import DataTable, ExactPart, LengthPart, PythonPart, VerifierPart
 from shared.data import open_dataset
 
 MISCHIEF = (sys.executable, str(Path(__file__).with_name("mischief_worker.py")))
 TABLE = DataTable(kind="reasoning_gym", task="chain_sum", size=10)
-VERIFIER = [RewardPart(kind="verifier")]
+VERIFIER = [VerifierPart()]
+AT_ROW = "row 0 of data set 'sums': reward part 'verifier'"
 
 MakePool = Callable[..., RewardsPool]
+UserPart = Callable[[str], PythonPart]
 
 
 @pytest.fixture
@@ -29,7 +32,8 @@ def make_pool() -> Iterator[MakePool]:
 
     def make(**changes: object) -> RewardsPool:
         settings = {"workers": 1, "timeout_s": 20.0, "memory_mb": 1024, "start_timeout_s": 60.0, "command": MISCHIEF}
-        pools.append(RewardsPool({"sums": TABLE}, **(settings | changes)))  # type: ignore[arg-type]
+        parts = changes.pop("parts", VERIFIER)
+        pools.append(RewardsPool({"sums": TABLE}, parts, **(settings | changes)))  # type: ignore[arg-type]
         return pools[-1]
 
     yield make
@@ -37,10 +41,21 @@ def make_pool() -> Iterator[MakePool]:
         pool.close()
 
 
+@pytest.fixture
+def user_part(tmp_path: Path) -> UserPart:
+    """Writes a module of the user's; gives the part of its function `score`."""
+
+    def write(text: str) -> PythonPart:
+        (tmp_path / "users_rewards.py").write_text(text)
+        return PythonPart(function="users_rewards:score", path=str(tmp_path))
+
+    return write
+
+
 def judge(pool: RewardsPool, *answers: str) -> dict[str, Judged]:
     """Submit an answer each; what became of them, by answer."""
     for answer in answers:
-        pool.submit(answer, "sums", 0, f"<answer>{answer}</answer>", VERIFIER)
+        pool.submit(answer, "sums", 0, f"<answer>{answer}</answer>", tokens=3)
     return collect(pool)
 
 
@@ -70,23 +85,26 @@ def gone(pid: int) -> bool:
 
 def test_completions_are_judged_by_real_data_sets_in_real_workers() -> None:
     dataset = open_dataset("sums", TABLE)
-    pool = RewardsPool({"sums": TABLE}, workers=2, timeout_s=20, memory_mb=2048, start_timeout_s=60)
+    parts = [ExactPart(weight=2.0), LengthPart(weight=1.0, max_length=8, cache_length=4)]
+    pool = RewardsPool({"sums": TABLE}, parts, workers=2, timeout_s=20, memory_mb=2048, start_timeout_s=60)
     try:
         for row in range(10):
-            pool.submit(row, "sums", row, f"<answer>{dataset.row(row).answer}</answer>", VERIFIER)
+            pool.submit(row, "sums", row, f"<answer>{dataset.row(row).answer}</answer>", tokens=row)
+        pool.submit("held out", "sums", 0, f"<answer>{dataset.row(0).answer}</answer>", tokens=9, held_out=True)
         judged = collect(pool)
     finally:
         pool.close()
-    assert [total(judged[row]) for row in range(10)] == [1.0] * 10
-    assert judged[0].score.parts == {"verifier": 1.0}
+    assert [total(judged[row]) for row in range(10)] == [2.0] * 5 + [1.75, 1.5, 1.25, 1.0, 1.0]
+    assert judged[6].score.parts == {"exact": 1.0, "length": -0.5}
+    assert judged["held out"].score.parts == {"verifier": 1.0}
 
 
 def test_what_a_verifier_raises_is_its_samples_error_and_the_worker_goes_on(make_pool: MakePool) -> None:
     judged = judge(make_pool(), "pid", "raise", "exit", "nan", "inf", "0.25")
-    assert judged["raise"].error == "ValueError: no such luck"
-    assert judged["exit"].error.startswith("SystemExit")
-    assert "expected a finite number, got nan" in judged["nan"].error
-    assert "expected a finite number, got inf" in judged["inf"].error
+    assert judged["raise"].error.startswith(f"{AT_ROW}: it raised ValueError: no such luck (mischief_worker.py, line ")
+    assert judged["exit"].error.startswith(f"{AT_ROW}: it called sys.exit(0)")
+    assert judged["nan"].error.startswith(f"{AT_ROW}: it returned nan, expected a finite number")
+    assert judged["inf"].error.startswith(f"{AT_ROW}: it returned inf, expected a finite number")
     assert total(judged["0.25"]) == 0.25
 
 
@@ -95,7 +113,7 @@ def test_a_verifier_that_hangs_is_killed_after_its_time_and_the_others_go_on(mak
     judge(pool, "0.0", "1.0")  # both workers are up
     pool._timeout_s = 1.0
     judged = judge(pool, "0.1", "hang", "0.2", "0.3", "0.4")
-    assert judged["hang"].error == "the verifier took longer than rewards.timeout_s = 1 s"
+    assert judged["hang"].error.startswith(f"{AT_ROW} took longer than rewards.timeout_s = 1 s and was killed; make it")
     assert [total(judged[answer]) for answer in ("0.1", "0.2", "0.3", "0.4")] == [0.1, 0.2, 0.3, 0.4]
 
 
@@ -116,13 +134,13 @@ def test_a_killed_verifiers_own_children_die_with_it(
 
 def test_a_verifier_that_eats_memory_meets_the_limit_and_a_fresh_worker_goes_on(make_pool: MakePool) -> None:
     judged = judge(make_pool(memory_mb=512), "eat", "0.5")
-    assert judged["eat"].error == "the verifier ran into rewards.memory_mb = 512"
+    assert judged["eat"].error.startswith(f"{AT_ROW} ran into rewards.memory_mb = 512; have it use less memory")
     assert total(judged["0.5"]) == 0.5
 
 
 def test_a_worker_that_dies_is_replaced(make_pool: MakePool) -> None:
     judged = judge(make_pool(), "die", "0.5")
-    assert judged["die"].error == "the reward worker died (exit code 7)"
+    assert judged["die"].error.startswith(f"{AT_ROW} ended its process (exit code 7); have it raise an exception")
     assert total(judged["0.5"]) == 0.5
 
 
@@ -140,7 +158,7 @@ def test_a_worker_that_is_killed_from_outside_while_idle_is_replaced(make_pool: 
 
 def test_a_worker_that_writes_garbage_is_replaced(make_pool: MakePool) -> None:
     judged = judge(make_pool(), "garbage", "0.5")
-    assert judged["garbage"].error.startswith("the reward worker wrote garbage")
+    assert judged["garbage"].error.startswith(f"{AT_ROW} wrote into its worker's pipe")
     assert total(judged["0.5"]) == 0.5
 
 
@@ -150,21 +168,21 @@ def test_what_a_verifier_prints_does_not_reach_the_pipe(make_pool: MakePool) -> 
 
 def test_a_completion_longer_than_a_pipe_holds_is_judged(make_pool: MakePool) -> None:
     pool = make_pool()
-    pool.submit("long", "sums", 0, "x" * 1_000_000 + "<answer>0.5</answer>", VERIFIER)
+    pool.submit("long", "sums", 0, "x" * 1_000_000 + "<answer>0.5</answer>", tokens=250_000)
     assert total(collect(pool)["long"]) == 0.5
 
 
 def test_an_unknown_data_set_is_an_error_of_its_sample(make_pool: MakePool) -> None:
     pool = make_pool()
-    pool.submit("a", "nobody", 0, "<answer>1</answer>", VERIFIER)
+    pool.submit("a", "nobody", 0, "<answer>1</answer>", tokens=3)
     assert "nobody" in collect(pool)["a"].error
 
 
 def test_a_pool_whose_workers_cannot_open_the_data_gives_up_with_the_reason() -> None:
     bad = TABLE.model_copy(update={"task": "no_such_task"})
-    pool = RewardsPool({"sums": bad}, workers=1, timeout_s=5, memory_mb=2048, start_timeout_s=60)
+    pool = RewardsPool({"sums": bad}, VERIFIER, workers=1, timeout_s=5, memory_mb=2048, start_timeout_s=60)
     try:
-        pool.submit("a", "sums", 0, "<answer>1</answer>", VERIFIER)
+        pool.submit("a", "sums", 0, "<answer>1</answer>", tokens=3)
         with pytest.raises(RewardsPoolError, match="3 reward workers in a row could not start.*no_such_task"):
             collect(pool)
     finally:
@@ -173,21 +191,24 @@ def test_a_pool_whose_workers_cannot_open_the_data_gives_up_with_the_reason() ->
 
 def test_a_memory_limit_below_what_a_worker_needs_is_refused_with_a_better_one(make_pool: MakePool) -> None:
     pool = make_pool(memory_mb=20)
-    pool.submit("a", "sums", 0, "<answer>1</answer>", VERIFIER)
-    with pytest.raises(RewardsPoolError, match=r"rewards.memory_mb is 20; set it to at least \d+"):
+    pool.submit("a", "sums", 0, "<answer>1</answer>", tokens=3)
+    with pytest.raises(RecipeError, match=r"rewards.memory_mb is 20; set it to at least \d+"):
         collect(pool)
 
 
 @pytest.mark.parametrize(
     ("start", "limit_s", "reason"),
-    [("die", 60.0, r"died \(exit code 9\)"), ("slow", 0.5, "did not open its data sets within 0.5 s")],
+    [
+        ("die", 60.0, r"ended its process \(exit code 9\)"),
+        ("slow", 0.5, "did not open data sets and rewards within timeouts.load_s = 0.5 s"),
+    ],
 )
 def test_workers_that_never_get_ready_end_the_pool(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, start: str, limit_s: float, reason: str
 ) -> None:
     monkeypatch.setenv("MISCHIEF_START", start)
     pool = make_pool(start_timeout_s=limit_s)
-    pool.submit("a", "sums", 0, "<answer>1</answer>", VERIFIER)
+    pool.submit("a", "sums", 0, "<answer>1</answer>", tokens=3)
     with pytest.raises(RewardsPoolError, match=reason):
         collect(pool)
 
@@ -195,7 +216,7 @@ def test_workers_that_never_get_ready_end_the_pool(
 def test_collecting_never_blocks_and_closing_leaves_no_process(make_pool: MakePool) -> None:
     pool = make_pool()
     pid = int(total(judge(pool, "pid")["pid"]))
-    pool.submit("hang", "sums", 0, "<answer>hang</answer>", VERIFIER)
+    pool.submit("hang", "sums", 0, "<answer>hang</answer>", tokens=3)
     assert pool.collect() == []
     pool.close()
     assert gone(pid)
@@ -205,12 +226,12 @@ def test_workers_die_with_their_parent(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from services.rollout.rewards_pool import RewardsPool
-from shared.config.schema import DataTable, RewardPart
-pool = RewardsPool({{"sums": DataTable(kind="reasoning_gym", task="chain_sum")}}, workers=1, timeout_s=60,
-                   memory_mb=1024, start_timeout_s=60, command={MISCHIEF!r})
-pool.submit("pid", "sums", 0, "<answer>pid</answer>", [RewardPart(kind="verifier")])
+from shared.config.schema import DataTable, VerifierPart
+pool = RewardsPool({{"sums": DataTable(kind="reasoning_gym", task="chain_sum")}}, [VerifierPart()], workers=1,
+                   timeout_s=60, memory_mb=1024, start_timeout_s=60, command={MISCHIEF!r})
+pool.submit("pid", "sums", 0, "<answer>pid</answer>", tokens=3)
 judged = pool.collect(60.0)
-pool.submit("hang", "sums", 0, "<answer>hang</answer>", [RewardPart(kind="verifier")])
+pool.submit("hang", "sums", 0, "<answer>hang</answer>", tokens=3)
 print(int(judged[0].score.total), flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -221,3 +242,66 @@ os.kill(os.getpid(), 9)
     while not gone(worker) and time.monotonic() < deadline:
         os.sched_yield()
     assert gone(worker)
+
+
+def test_a_task_that_its_worker_died_under_before_it_began_is_given_to_another(
+    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISCHIEF_START", "die when handed a task")
+    monkeypatch.setenv("MISCHIEF_ONCE", str(tmp_path / "once"))
+    judged = judge(make_pool(), "0.5", "0.25")
+    assert (total(judged["0.5"]), total(judged["0.25"])) == (0.5, 0.25)
+    assert (tmp_path / "once").exists()
+
+
+def test_a_task_that_two_workers_died_under_is_an_error(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISCHIEF_START", "die when handed a task")
+    judged = judge(make_pool(), "0.5")
+    assert judged["0.5"].error == "row 0 of data set 'sums': the reward worker ended its process (exit code 8)"
+
+
+def test_a_worker_that_ended_is_noticed_though_a_forked_process_lives_on(make_pool: MakePool) -> None:
+    judged = judge(make_pool(), "leave a child and die", "0.5")
+    assert "ended its process (exit code 7)" in judged["leave a child and die"].error
+    assert total(judged["0.5"]) == 0.5
+
+
+def test_a_forked_process_that_comes_back_is_ended_and_the_worker_goes_on(
+    make_pool: MakePool, tmp_path: Path, user_part: UserPart
+) -> None:
+    child = tmp_path / "child"
+    part = user_part(
+        "import os\n"
+        "from pathlib import Path\n"
+        "def score(completion):\n"
+        "    if os.fork() == 0:\n"
+        f"        Path({str(child)!r}).write_text(str(os.getpid()))\n"
+        "        return 0.0\n"
+        "    os.wait()\n"
+        "    return 1.0\n"
+    )
+    pool = make_pool(parts=[part])
+    judged = judge(pool, "a", "b")
+    assert (total(judged["a"]), total(judged["b"])) == (1.0, 1.0)
+    assert gone(int(child.read_text()))
+
+
+def test_a_users_function_is_called_in_the_worker(make_pool: MakePool, user_part: UserPart) -> None:
+    part = user_part("print('imported')\ndef score(tokens, row): return {'long': tokens / 4, 'flat': 1}\n")
+    judged = judge(make_pool(parts=[part]), "x")
+    assert judged["x"].score is not None
+    assert judged["x"].score.parts == {"score": 1.75, "score/long": 0.75, "score/flat": 1.0}
+
+
+def test_an_error_as_long_as_a_book_is_cut(make_pool: MakePool, user_part: UserPart) -> None:
+    part = user_part("def score(): raise ValueError('x' * 50_000_000)\n")
+    judged = judge(make_pool(parts=[part]), "x")
+    assert "it raised ValueError: xxx" in judged["x"].error
+    assert len(judged["x"].error) <= 2000
+
+
+def test_a_recipe_whose_function_cannot_be_had_is_refused_at_once(make_pool: MakePool, user_part: UserPart) -> None:
+    pool = make_pool(parts=[user_part("def other(): return 1\n")], workers=2)
+    pool.submit("a", "sums", 0, "<answer>1</answer>", tokens=3)
+    with pytest.raises(RecipeError, match="has no function 'score'"):
+        collect(pool)

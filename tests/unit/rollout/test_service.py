@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.rollout.reporting import completion_text
+from services.rollout.rewards_pool import RewardsPoolError
 from shared.arrays import unpack
 from shared.messages import (
     Drain,
@@ -33,6 +33,7 @@ from shared.messages import (
     WeightsLoaded,
 )
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED
+from shared.serving.samples import completion_text
 from shared.weights import stage
 from tests.unit.rollout.scripted import Rig
 
@@ -155,15 +156,15 @@ def test_a_reward_that_fails_returns_its_group_and_no_other(rig: Rig, monkeypatc
     submit = rig.pool.submit
     rows = iter([99])  # the first sample is judged against a row that does not exist
 
-    def misdirect(tag, dataset, row, completion, parts) -> None:
-        submit(tag, dataset, next(rows, row), f"<answer>1</answer>{completion}", parts)
+    def misdirect(tag, dataset, row, completion, **more) -> None:
+        submit(tag, dataset, next(rows, row), f"<answer>1</answer>{completion}", **more)
 
     monkeypatch.setattr(rig.pool, "submit", misdirect)
     rig.tell(Lease([rig.grant(1), rig.grant(2)]))
     rig.until(lambda: bool(rig.bus.of(GroupReport)) and bool(rig.bus.of(LeaseReturned)))
     (returned,) = rig.bus.of(LeaseReturned)
     assert returned.cause == "reward_failed"
-    assert returned.detail.startswith("sample 0: DataError")
+    assert returned.detail.startswith("sample 0: row 99 of data set 'sums': reward part 'verifier': it raised Data")
     assert {returned.group, rig.bus.of(GroupReport)[0].group} == {1, 2}
 
 
@@ -343,6 +344,6 @@ def test_rewards_that_cannot_start_end_the_run_with_the_reason(rig: Rig) -> None
     rig.ready()
     (rig.folder / "sums.jsonl").unlink()
     rig.pool.close()
-    rig.pool._broken = "3 reward workers in a row could not start; the last: no file"
+    rig.pool._broken = RewardsPoolError("3 reward workers in a row could not start; the last: no file")
     assert rig.service.run() == EXIT_FATAL
     assert "could not start" in rig.bus.of(ReplicaFailed)[0].cause
