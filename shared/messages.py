@@ -93,7 +93,10 @@ class Sampling(Part):
 
 
 class Grant(Part):
-    """A lease on one prompt group: which row to answer, how, by when, and with weights no older than `version`."""
+    """A lease on one prompt group: which row to answer, how, by when, and with weights no older than `version`.
+
+    `suite` names the recipe's suite that an eval group belongs to, and is empty otherwise.
+    """
 
     group: int
     attempt: int
@@ -109,6 +112,7 @@ class Grant(Part):
     revision: int
     version: int
     deadline_s: float
+    suite: str = ""
 
 
 class AssignedGroup(Part):
@@ -182,10 +186,14 @@ class Registered(Transient):
 
 
 class Heartbeat(Transient):
-    """Rank -> controller, every `bus.heartbeat_s`, from the bus thread. `progress` is a counter of work done, apart."""
+    """Rank -> controller, every `bus.heartbeat_s`, from the bus thread. `progress` is a counter of work done, apart.
+
+    `seconds` is the time spent in each state since the process began.
+    """
 
     state: str
     progress: int
+    seconds: dict[str, float] = {}
 
 
 class HeartbeatReply(Transient):
@@ -235,7 +243,7 @@ class Shutdown(Message):
 class LoadState(Message):
     """Controller -> replica: make the model. Answered by `StateLoaded` or `ReplicaFailed`; a duplicate is, again.
 
-    `initial`: policy loads the recipe's weights, rollout builds an engine whose weights will come by sync.
+    `initial`: policy loads the recipe's weights, rollout and evaluator build an engine whose weights come by sync.
     `checkpoint`: policy loads the checkpoint at `path` (model, optimizer, scheduler, RNG) as `position`.
     """
 
@@ -245,7 +253,7 @@ class LoadState(Message):
 
 
 class StateLoaded(Message):
-    """Replica -> controller: the model stands. A policy holds `position`, a rollout nothing until its first sync."""
+    """Replica -> controller: the model stands. A policy holds `position`, others nothing until their first sync."""
 
     position: Position
 
@@ -261,7 +269,9 @@ class ReplicaFailed(Message):
 
 
 class Lease(Message):
-    """Controller -> rollout (train, eval) or policy (sft): work on these groups. Known attempts are ignored.
+    """Controller -> rollout (train, eval), evaluator (eval) or policy (sft): work on these groups.
+
+    Known attempts are ignored.
 
     Each grant is answered by one `GroupReport` or `LeaseReturned` before its deadline.
     """
@@ -270,12 +280,14 @@ class Lease(Message):
 
 
 class GroupReport(Message):
-    """Rollout (or policy, for sft) -> controller: a group is done. Payload frames follow, described by `arrays`.
+    """Rollout, evaluator or (sft) policy -> controller: a group is done. Payload frames follow, as `arrays` says.
 
     Arrays of a train or sft group: `prompt` int32[prompt_length]; `tokens` int32[sum(lengths)], the samples' response
     tokens one after the other; `logprobs` float32[sum(lengths)] under the sampling distribution; `versions`
-    int32[sum(lengths)], the weight version that sampled each token. An eval report carries no arrays.
-    `oldest` and `newest` bound the versions. Acknowledged once spooled and journaled; a duplicate too.
+    int32[sum(lengths)], the weight version that sampled each token. An eval report carries no arrays; its rewards are
+    the verifier's raw scores, and `category` is the row's value in the suite's category column ("" without one).
+    `oldest` and `newest` bound the versions; `seconds` is what generating took, `judge_seconds` what the rewards took
+    after that. Acknowledged once spooled and journaled; a duplicate too.
     """
 
     group: int
@@ -290,6 +302,8 @@ class GroupReport(Message):
     newest: int
     seconds: float
     arrays: list[ArrayHeader]
+    judge_seconds: float = 0.0
+    category: str = ""
 
 
 class LeaseReturned(Message):

@@ -58,6 +58,11 @@ def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
             replica(CONTROLLER, CONTROLLER, 1, ("--bind", bind)),
             *replicas("policy", recipe.policy.replicas, recipe.policy.threads),
             *replicas("rollout", recipe.rollout.replicas, recipe.rollout.threads),
+            *(
+                replicas("evaluator", recipe.evaluator.replicas, recipe.evaluator.threads)
+                if recipe.judge == "evaluator"
+                else ()
+            ),
         ),
     )
 

@@ -5,6 +5,7 @@ Folds the *facts* of every record as plain maps, without the core that made them
 - per lineage: ids issued = consumed + discarded(cause) + open, each id in exactly one of the three;
 - a group is consumed by a committed step, after a report of its last attempt, and at most once in a lineage;
 - trained version - oldest sampled version <= the bound, recomputed from the reports;
+- a verdict on a version is made of answers by exactly that version;
 - steps commit in order, each once in a lineage, and only an attempt that was assigned;
 - a rollback begins at the last settled position; terms rise by one.
 
@@ -82,8 +83,8 @@ class Audit:
         for evaluation in self.evaluations:
             share = evaluation["correct"] / evaluation["n"]
             text.append(
-                f"evaluated version {evaluation['version']} ({evaluation['why']}): "
-                f"{evaluation['correct']}/{evaluation['n']} = {share:.1%}"
+                f"evaluated version {evaluation['version']} ({evaluation['why']}) on {evaluation['suite']}: "
+                f"{evaluation['correct']:g}/{evaluation['n']} = {share:.1%}"
             )
         text += [f"FAULT {fault}" for fault in self.faults[:MOST_FAULTS]]
         if len(self.faults) > MOST_FAULTS:
@@ -208,6 +209,9 @@ class _Fold:
         book = self._book(fact["lineage"])
         if fact["group"] not in book.open:
             self._fault(f"evaluation group {fact['group']} was judged though it was not open")
+        sampled = self._reported.get(fact["group"])
+        if sampled != (fact["version"], fact["version"]):
+            self._fault(f"evaluation group {fact['group']} was judged as of version {fact['version']}, not {sampled}")
         book.consumed.add(fact["group"])
 
     def settled(self, fact: dict[str, Any]) -> None:

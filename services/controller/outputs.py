@@ -32,7 +32,7 @@ class Outputs:
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """Write an evaluation's file."""
-        name = f"{result['lineage']}-{result['version']}.json"
+        name = f"{result['lineage']}-{result['version']}-{result['suite']}.json"
         _replace(self._folder / "eval" / name, json.dumps(result, indent=1) + "\n")
 
     def address(self, address: str, term: int) -> None:

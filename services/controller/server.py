@@ -24,6 +24,8 @@ log = get_logger()
 
 TICK_S = 0.1
 """How often silence, deadlines and waits are looked at."""
+LAG_S = 0.25
+"""How often the loop's lag is measured."""
 QUEUE = 1024
 BATCH = 256
 """Most messages taken before the committer gets its turn."""
@@ -49,7 +51,8 @@ class Controller:
         await self._commit()
         self._outputs.address(await self._bus.start(), self._bus.term)
         log.info("the controller listens", address=self._bus.address, term=self._bus.term)
-        tasks = [asyncio.create_task(job()) for job in (self._read, self._write_forever, self._commit_forever)]
+        jobs = (self._read, self._write_forever, self._commit_forever, self._watch_lag)
+        tasks = [asyncio.create_task(job()) for job in jobs]
         try:
             while self._shell.ending is None:
                 await self._turn(tasks)
@@ -84,6 +87,13 @@ class Controller:
             self._shell.tick()
         self._decided.set()
         self._spooled.set()
+
+    async def _watch_lag(self) -> None:
+        """Measure how late the loop wakes: whatever holds it up holds up every message."""
+        while True:
+            due = time.monotonic() + LAG_S
+            await asyncio.sleep(LAG_S)
+            self._shell.note_lag(max(0.0, time.monotonic() - due))
 
     async def _read(self) -> None:
         while True:

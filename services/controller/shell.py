@@ -142,6 +142,7 @@ class Shell:
         self._registers: dict[tuple[str, int, int], Incoming] = {}
         self._decided = _Commit()
         self._sealed: _Commit | None = None
+        self._lag = 0.0
         self.ending: EndRun | None = None
 
     def begin(self, run: str) -> None:
@@ -235,8 +236,8 @@ class Shell:
         match envelope.body:
             case Register():
                 self._take_register(incoming, envelope.body)
-            case Heartbeat(state=state, progress=progress):
-                self._liveness.note((envelope.sender, envelope.incarnation, envelope.rank), state, progress)
+            case Heartbeat(state=state, progress=progress, seconds=seconds):
+                self._liveness.note((envelope.sender, envelope.incarnation, envelope.rank), state, progress, seconds)
                 self._bus.reply(incoming, HeartbeatReply())
             case StoreSet():
                 self._rendezvous.set(envelope.body, lambda answer: self._bus.reply(incoming, answer))
@@ -244,7 +245,7 @@ class Shell:
                 self._rendezvous.get(envelope.body, now, lambda answer: self._bus.reply(incoming, answer))
             case StatusRequest():
                 counters = dict(sorted(self._bus.counters.items()))
-                run = status(self._core.state, self._liveness, counters, now)
+                run = status(self._core.state, self._recipe, self._liveness, counters, now)
                 self._bus.reply(incoming, Status(run))
             case StopRun(cause=cause):
                 if not self._core.state.stages.stopping:
@@ -375,15 +376,29 @@ class Shell:
             case ForgetMesh(epoch=epoch):
                 self._rendezvous.close(epoch)
             case RecordMetrics(line=line):
-                self._outputs.metrics(line)
+                self._outputs.metrics(line | self._liveness.take_spent() | {"controller_lag": self._take_lag()})
             case RecordEvaluation(result=result):
                 self._outputs.evaluation(result)
-                share = f"{result['correct']}/{result['n']}"
-                log.info("evaluated", version=result["version"], accuracy=round(result["accuracy"], 4), correct=share)
+                share = f"{result['correct']:g}/{result['n']}"
+                log.info(
+                    "evaluated",
+                    suite=result["suite"],
+                    version=result["version"],
+                    accuracy=round(result["accuracy"], 4),
+                    correct=share,
+                )
             case FreeSpool(segment=segment):
                 self._spool.free_below(segment)
             case EndRun():
                 self.ending = effect
+
+    def note_lag(self, seconds: float) -> None:
+        """The loop around this shell came `seconds` late to something; the worst goes into the next metrics line."""
+        self._lag = max(self._lag, seconds)
+
+    def _take_lag(self) -> float:
+        lag, self._lag = self._lag, 0.0
+        return round(lag, 6)
 
     def _send(self, effect: Send) -> None:
         peer = self._peers.get((effect.replica, effect.rank))

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+from services.controller.core.fleet import Replica
 from services.controller.core.state import State
 from services.controller.liveness import Liveness
+from shared.config import Recipe
 
 
-def status(state: State, liveness: Liveness, counters: dict[str, int], now: float) -> dict[str, object]:
+def status(state: State, recipe: Recipe, liveness: Liveness, counters: dict[str, int], now: float) -> dict[str, object]:
     """What is going on. `now` is the monotonic clock that `liveness` uses."""
     committed, settled = state.lineages.committed, state.lineages.settled
-    replicas = []
-    for replica in sorted(state.fleet.replicas.values(), key=lambda r: r.name):
-        heard = liveness.heartbeat(replica.name, replica.incarnation, now) if replica.live else None
-        replicas.append(
-            {
-                "name": replica.name,
-                "role": replica.role,
-                "state": replica.state,
-                "incarnation": replica.incarnation,
-                "version": replica.position.version if replica.position else None,
-                "leases": len(state.ledger.held_by(replica.name)),
-                "doing": heard[0] if heard else "",
-                "heard_s": round(heard[1], 1) if heard else None,
-            }
-        )
     groups: dict[str, int] = {}
     for group in state.ledger.groups.values():
         groups[group.state] = groups.get(group.state, 0) + 1
+    table = getattr(recipe, state.stages.name, None)
+    book = state.ledger.books.get(state.lineage)
     return {
         "run": state.run,
         "term": state.term,
         "stage": state.stages.name,
+        "batch": committed.version - state.stages.began if table is not None else None,
+        "batches": table.batches if table is not None else None,
         "outcome": state.stages.outcome,
+        "cause": state.stages.cause,
         "stopping": state.stages.stopping,
         "lineage": committed.lineage,
         "version": committed.version,
@@ -39,10 +31,58 @@ def status(state: State, liveness: Liveness, counters: dict[str, int], now: floa
         "settled_version": settled.version,
         "revision": state.hyperparameters.revision,
         "groups": groups,
-        "replicas": replicas,
+        "discarded": dict(sorted(book.discarded.items())) if book is not None else {},
+        "sync_seconds": state.weights.last_seconds,
+        "sync_bytes": state.weights.last_bytes,
+        "replicas": [
+            _replica(state, liveness, replica, now)
+            for replica in sorted(state.fleet.replicas.values(), key=lambda r: r.name)
+        ],
+        "meshes": _meshes(state),
         "evaluations": [
-            {"version": v.version, "lineage": v.lineage, "why": v.why, "n": v.n, "accuracy": v.accuracy}
+            {
+                "suite": v.suite,
+                "version": v.version,
+                "lineage": v.lineage,
+                "why": v.why,
+                "n": v.n,
+                "accuracy": v.accuracy,
+            }
             for v in state.evaluation.verdicts
         ],
         "refused": counters,
     }
+
+
+def _replica(state: State, liveness: Liveness, replica: Replica, now: float) -> dict[str, object]:
+    heard = liveness.heartbeat(replica.name, replica.incarnation, now) if replica.live else None
+    return {
+        "name": replica.name,
+        "role": replica.role,
+        "state": replica.state,
+        "incarnation": replica.incarnation,
+        "version": replica.position.version if replica.position else None,
+        "leases": len(state.ledger.held_by(replica.name)),
+        "doing": heard[0] if heard else "",
+        "heard_s": round(heard[1], 1) if heard else None,
+        "seconds": liveness.spent(replica.name, replica.incarnation),
+    }
+
+
+def _meshes(state: State) -> list[dict[str, object]]:
+    """Live meshes, then those revoked last, whose purpose nobody remembers."""
+    transfer = state.weights.transfer
+    live: list[dict[str, object]] = [
+        {
+            "epoch": mesh.epoch,
+            "purpose": mesh.purpose,
+            "backend": mesh.backend,
+            "state": mesh.state,
+            "members": [member.replica for member in mesh.members],
+            "formed": list(mesh.formed),
+            "transfer": transfer.position.version if transfer is not None and transfer.epoch == mesh.epoch else None,
+        }
+        for mesh in state.meshes.meshes.values()
+    ]
+    revoked = [{"epoch": e, "state": "revoked", "members": names} for e, names in state.meshes.revoked.items()]
+    return [*live, *revoked]

@@ -6,11 +6,12 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import tomlkit
 from pydantic import BaseModel, ValidationError
 
+from shared.config.lines import key_lines, line_of
 from shared.config.schema import Recipe
 
 
@@ -22,7 +23,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the TOML file at `path`, `overrides` ("train.lr=1e-5") applied; RecipeError if it is not one."""
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
     except FileNotFoundError:
         raise RecipeError(
             f"no recipe at {path}: give the path of a TOML file, for example recipes/quickstart.toml"
@@ -33,10 +35,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
+    _anchor(tree, path.absolute().parent)
     try:
         return Recipe.model_validate(_floats(tree, Recipe))
     except ValidationError as error:
-        raise RecipeError(f"recipe {path}:\n{explain(error)}") from None
+        given: dict[tuple[str | int, ...], int] = {tuple(o.partition("=")[0].strip().split(".")): 0 for o in overrides}
+        raise RecipeError(f"recipe {path}:\n{explain(error, key_lines(text) | given)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -44,17 +48,27 @@ def dump_recipe(recipe: Recipe) -> str:
     return tomlkit.dumps(recipe.model_dump(exclude_none=True))
 
 
-def explain(error: ValidationError) -> str:
-    """One line for each fault: where, what was expected, what came, and the nearest valid key for an unknown one."""
+def explain(error: ValidationError, places: dict[tuple[str | int, ...], int] | None = None) -> str:
+    """One line for each fault: where, what was expected, what came, and the nearest valid key for an unknown one.
+
+    `places` are the lines of the recipe's keys (`key_lines`); a fault in one of them begins with its line, unless that
+    is 0, as for keys that were overridden.
+    """
     lines = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        place = _without_tags(fault["loc"])
+        line = line_of(places or {}, place)
+        where = (f"line {line}: " if line else "") + (".".join(str(part) for part in place) or "recipe")
         if fault["type"] == "extra_forbidden":
-            near = _nearest(fault["loc"])
+            near = _nearest(place, _at(fault["loc"][:-1]))
             hint = f"; did you mean {near}?" if near else ""
             lines.append(f"  {where}: unknown key{hint}")
         elif fault["type"] == "missing":
             lines.append(f"  {where}: missing; give it a value")
+        elif fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            got = fault["input"].get("kind") if isinstance(fault["input"], dict) else None
+            known = fault["ctx"].get("expected_tags") or ", ".join(map(repr, _variants(_at(fault["loc"]))))
+            lines.append(f"  {where}.kind: expected one of {known} (got {got!r})")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             got = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
@@ -81,8 +95,59 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[key] = value
 
 
+def _anchor(tree: dict[str, Any], folder: Path) -> None:
+    """Modules of rewards are looked for beside the recipe, wherever the run's own copy of it will lie."""
+    rewards = tree.get("rewards")
+    parts = rewards.get("parts") if isinstance(rewards, dict) else None
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, dict) and part.get("kind") == "python" and isinstance(part.get("path", ""), str):
+            part["path"] = str(folder / Path(part.get("path", "")).expanduser())
+
+
+def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The tables of a union by their `kind`; none where the annotation is no such union."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    tables = [kind for kind in get_args(annotation) if _is_table(kind)] if get_origin(annotation) is not list else []
+    return {kind.model_fields["kind"].default: kind for kind in tables} if len(tables) > 1 else {}
+
+
+def _at(location: Sequence[int | str]) -> Any:
+    """What the schema wants at a fault's location, in which a union is followed by a tag; None if it knows no such."""
+    here: Any = Recipe
+    for part in location:
+        here = _inside(here, part)
+    return here
+
+
+def _inside(here: Any, part: int | str) -> Any:
+    tables = [kind for kind in (here, *get_args(here)) if _is_table(kind)]
+    if part in _variants(here):
+        return _variants(here)[str(part)]
+    if get_origin(here) is list:
+        return get_args(here)[0]
+    if get_origin(here) is dict:
+        return get_args(here)[1]
+    fields = tables[0].model_fields if len(tables) == 1 else {}
+    return fields[str(part)].annotation if part in fields else None
+
+
+def _without_tags(location: Sequence[int | str]) -> tuple[int | str, ...]:
+    """A fault's location as a person wrote it: without the tags that pydantic puts after a union."""
+    here: Any = Recipe
+    place: list[int | str] = []
+    for part in location:
+        if part not in _variants(here):
+            place.append(part)
+        here = _inside(here, part)
+    return tuple(place)
+
+
 def _floats(value: Any, annotation: Any) -> Any:
     """Whole numbers become floats where the schema wants a float: `lr = 1` is no fault, `batches = 1.5` stays one."""
+    if variants := _variants(annotation):
+        chosen = variants.get(str(value.get("kind"))) if isinstance(value, dict) else None
+        return value if chosen is None else _floats(value, chosen)
     models = [kind for kind in (annotation, *get_args(annotation)) if _is_table(kind)]
     if isinstance(value, dict) and models:
         fields = models[0].model_fields
@@ -118,14 +183,10 @@ def _is_table(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _nearest(location: tuple[int | str, ...]) -> str | None:
-    """The dotted valid key nearest to an unknown one, first in its own table, then anywhere."""
-    here: Any = Recipe
-    for part in location[:-1]:
-        if _is_table(here) and part in here.model_fields:
-            here = here.model_fields[str(part)].annotation
-        candidates = [kind for kind in (here, *get_args(here)) if _is_table(kind)]
-        here = candidates[0] if candidates else here
+def _nearest(location: tuple[int | str, ...], here: Any) -> str | None:
+    """The dotted valid key nearest to an unknown one, first in its own table `here`, then anywhere."""
+    candidates = [kind for kind in (here, *get_args(here)) if _is_table(kind)]
+    here = candidates[0] if candidates else here
     name = str(location[-1])
     prefix = ".".join(str(part) for part in location[:-1])
     if _is_table(here):

@@ -6,12 +6,14 @@ Durations end in `_s` and are seconds.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
 LIVE: JsonDict = {"live": True}
+SUITE_NAME = r"[a-z0-9][a-z0-9._-]*"
 
 
 class Table(BaseModel):
@@ -120,6 +122,7 @@ class StopTable(Table):
 
     accuracy: Share
     every: Positive = Field(10, description="batches between evaluations while the rule is watched")
+    suite: str | None = Field(None, description="name of the suite that decides; the first one when left out")
 
 
 class SftTable(OptimizerTable):
@@ -172,30 +175,202 @@ class PolicyTable(Table):
     micro_batch_tokens: Positive = Field(16384, description="padded tokens in one forward pass")
 
 
-class RewardPart(Table):
-    """[[rewards.parts]]: one part of the reward; the reward is the weighted sum of the parts."""
+class PartTable(Table):
+    """What every kind of [[rewards.parts]] has; the reward is the weighted sum of the parts."""
 
-    kind: Literal["verifier", "exact", "format"]
+    name: str = Field(
+        "", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="its name in the metrics; its kind when left out"
+    )
     weight: float = Field(1.0, ge=-100, le=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, table: object) -> object:
+        return {"name": cls._own_name(table), **table} if isinstance(table, dict) else table
+
+    @classmethod
+    def _own_name(cls, table: dict[str, object]) -> object:
+        return cls.model_fields["kind"].default
+
+
+class VerifierPart(PartTable):
+    """The data set's own judgement of the text inside `<answer>`."""
+
+    kind: Literal["verifier"] = "verifier"
+
+
+class ExactPart(PartTable):
+    """Whether the text inside `<answer>` is the reference answer."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class FormatPart(PartTable):
+    """Whether the completion is `<think>..</think><answer>..</answer>`."""
+
+    kind: Literal["format"] = "format"
+
+
+class ChoicePart(PartTable):
+    """Whether the completion chooses the option (a letter) that the reference answer names."""
+
+    kind: Literal["choice"] = "choice"
+    options: int = Field(10, ge=2, le=10, description="how many options there are, from A on")
+
+
+class MathPart(PartTable):
+    r"""Whether the last `\boxed{..}` equals the reference answer as mathematics; needs math-verify."""
+
+    kind: Literal["math"] = "math"
+
+
+class NumberPart(PartTable):
+    """Whether the number that the completion ends in is the reference answer's."""
+
+    kind: Literal["number"] = "number"
+    tolerance: float = Field(0.0, ge=0, description="largest difference that still counts as equal")
+
+
+class LengthPart(PartTable):
+    """DAPO's soft punishment of overlong completions."""
+
+    kind: Literal["length"] = "length"
+    max_length: Positive = Field(description="tokens from which on the part is -1")
+    cache_length: Positive = Field(description="tokens before max_length over which it falls from 0 to -1")
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> Self:
+        if self.cache_length > self.max_length:
+            raise ValueError(f"cache_length is {self.cache_length}, more than max_length = {self.max_length}")
+        return self
+
+
+class PythonPart(PartTable):
+    """A function of yours."""
+
+    kind: Literal["python"] = "python"
+    function: str = Field(description="module:function, such as my_rewards:score")
+    path: str | None = Field(None, description="folder of the module; the recipe's own when left out")
+
+    @field_validator("function")
+    @classmethod
+    def _is_named(cls, function: str) -> str:
+        module, _, name = function.partition(":")
+        if not name.isidentifier() or not all(word.isidentifier() for word in module.split(".")):
+            raise ValueError("expected module:function, such as my_rewards:score")
+        return function
+
+    @classmethod
+    def _own_name(cls, table: dict[str, object]) -> object:
+        return str(table.get("function", "")).rpartition(":")[2] or "python"
+
+
+RewardPart = VerifierPart | ExactPart | FormatPart | ChoicePart | MathPart | NumberPart | LengthPart | PythonPart
+"""One of [[rewards.parts]]: `kind` says which."""
+
+
+def _verifier_alone() -> list[RewardPart]:
+    return [VerifierPart()]
 
 
 class RewardsTable(Table):
     """[rewards]: what a completion is worth, computed in worker processes with limits."""
 
-    parts: list[RewardPart] = Field(default_factory=lambda: [RewardPart(kind="verifier")], min_length=1)
+    parts: list[Annotated[RewardPart, Field(discriminator="kind")]] = Field(
+        default_factory=_verifier_alone, min_length=1
+    )
     workers: Positive = 1
     timeout_s: Seconds = Field(10.0, description="longest time for one completion")
     memory_mb: Positive = Field(2048, description="most memory of one worker")
+    failure_limit: Positive = Field(
+        20, description="prompt groups in a row whose rewards fail in one rollout, after which the run ends"
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [part.name for part in self.parts]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two parts are named {name!r}: give one of them another `name`")
+        return self
+
+
+class SuiteTable(Table):
+    """[evaluation.suites.NAME]: held-out problems, how they are answered, and when an answer is correct."""
+
+    dataset: str | None = Field(
+        None, description="name of a [data.NAME] table, disjoint from training; the suite's own name when left out"
+    )
+    problems: Positive = Field(200, description="rows judged in each evaluation")
+    samples: Positive = Field(1, description="answers to each problem; accuracy is their mean (pass@1)")
+    temperature: float = Field(0.0, ge=0, le=10, description="0 answers greedily")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: Positive = 64
+    correct_at: float = Field(1.0, description="a verifier score of at least this counts as correct")
+    category: str | None = Field(None, description="column whose values split the verdict")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"samples is {self.samples}, but greedy answers are all alike: "
+                "set a temperature above 0, or samples = 1"
+            )
+        return self
 
 
 class EvaluationTable(Table):
-    """[evaluation]: held-out accuracy, judged greedily on the rollout fleet."""
+    """[evaluation]: how often held-out accuracy is judged, and on which suites."""
 
-    dataset: str = Field(description="name of a [data.NAME] table, disjoint from training")
-    problems: Positive = Field(200, description="rows judged in each evaluation")
     every: Positive = Field(20, description="batches between evaluations in RL; first and last are always judged")
-    correct_at: float = Field(1.0, description="a verifier score of at least this counts as correct")
-    max_new_tokens: Positive = 64
+    suites: dict[str, SuiteTable] = Field(min_length=1, description="one table [evaluation.suites.NAME] a suite")
+
+    @model_validator(mode="after")
+    def _names_are_file_names(self) -> Self:
+        for name in self.suites:
+            if not re.fullmatch(SUITE_NAME, name):
+                raise ValueError(
+                    f"a suite is named {name!r}: its verdicts are files of that name, so use lower-case letters, "
+                    "digits, '.', '_' and '-', beginning with a letter or digit"
+                )
+        return self
+
+    def dataset(self, suite: str) -> str:
+        """The name of a suite's data set."""
+        return self.suites[suite].dataset or suite
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of all data sets that are judged on, each once."""
+        return list(dict.fromkeys(self.dataset(suite) for suite in self.suites))
+
+
+class EvaluatorTable(Table):
+    """[evaluator]: who judges held-out accuracy."""
+
+    engine: Literal["fleet", "own"] = Field(
+        "fleet", description='"fleet": the rollouts judge between their samples; "own": replicas that do nothing else'
+    )
+    replicas: Positive = Field(1, description='replicas of the evaluator service with engine = "own"')
+    threads: Positive = Field(1, description="CPU threads of an evaluator")
+    slots: Positive = Field(64, description="sequences decoded side by side")
+
+
+class WandbTable(Table):
+    """[metrics.wandb]: figures also go to Weights & Biases."""
+
+    project: str = Field("orrery", description="W&B project")
+    entity: str | None = Field(None, description="W&B team or user; your default one when left out")
+    mode: Literal["online", "offline"] = Field("online", description='"offline" writes files for `wandb sync`')
+
+
+class MetricsTable(Table):
+    """[metrics]: where figures go besides metrics.jsonl and TensorBoard, which are always written."""
+
+    wandb: WandbTable | None = None
+    prometheus_port: int = Field(0, ge=0, le=65535, description="port of a Prometheus endpoint; 0: none")
+    prometheus_host: str = Field("127.0.0.1", description="address of that endpoint; whoever reaches it may read")
 
 
 class CheckpointTable(Table):
@@ -261,6 +436,8 @@ class Recipe(Table):
     rollout: RolloutTable = Field(default_factory=RolloutTable)
     rewards: RewardsTable = Field(default_factory=RewardsTable)
     evaluation: EvaluationTable | None = None
+    evaluator: EvaluatorTable = Field(default_factory=EvaluatorTable)
+    metrics: MetricsTable = Field(default_factory=MetricsTable)
     checkpoint: CheckpointTable = Field(default_factory=CheckpointTable)
     weights: WeightsTable = Field(default_factory=WeightsTable)
     bus: BusTable = Field(default_factory=BusTable)
@@ -271,17 +448,49 @@ class Recipe(Table):
     def _parts_fit(self) -> Self:
         if self.sft is None and self.train is None:
             raise ValueError("nothing to do: give [sft], [train] or both")
-        for name, table in (("sft", self.sft), ("train", self.train), ("evaluation", self.evaluation)):
-            if table is not None and table.dataset not in self.data:
+        named = [(name, t.dataset) for name, t in (("sft", self.sft), ("train", self.train)) if t is not None]
+        if self.evaluation is not None:
+            named += [(f"evaluation.suites.{name}", self.evaluation.dataset(name)) for name in self.evaluation.suites]
+        for name, dataset in named:
+            if dataset not in self.data:
                 known = ", ".join(sorted(self.data)) or "none"
-                raise ValueError(f"{name}.dataset is {table.dataset!r}, but the [data.NAME] tables are: {known}")
-        if self.sft is not None and self.sft.stop is not None and self.evaluation is None:
-            raise ValueError("[sft.stop] judges held-out accuracy: give [evaluation] too")
+                raise ValueError(f"{name}.dataset is {dataset!r}, but the [data.NAME] tables are: {known}")
+        self._check_evaluation()
         if self.train is not None and self.train.batch_size % self.train.minibatches:
             raise ValueError("train.batch_size must be a multiple of train.minibatches")
+        for part in self.rewards.parts:
+            if isinstance(part, LengthPart) and part.max_length - part.cache_length >= self.rollout.max_new_tokens:
+                raise ValueError(
+                    f"reward part {part.name!r} punishes from {part.max_length - part.cache_length} tokens on, but no "
+                    f"completion has more than rollout.max_new_tokens = {self.rollout.max_new_tokens}: lower max_length"
+                )
         if self.run.deterministic:
             if self.train is not None and self.train.max_staleness != 0:
                 raise ValueError("run.deterministic wants train.max_staleness = 0")
             if self.rollout.replicas != 1:
                 raise ValueError("run.deterministic wants rollout.replicas = 1")
+            if self.judge == "evaluator" and self.evaluator.replicas != 1:
+                raise ValueError("run.deterministic wants evaluator.replicas = 1")
         return self
+
+    def _check_evaluation(self) -> None:
+        stop = self.sft.stop if self.sft is not None else None
+        if stop is not None and self.evaluation is None:
+            raise ValueError("[sft.stop] judges held-out accuracy: give [evaluation] too")
+        if stop is not None and self.evaluation is not None and stop.suite not in (None, *self.evaluation.suites):
+            known = ", ".join(self.evaluation.suites)
+            raise ValueError(f"sft.stop.suite is {stop.suite!r}, but the [evaluation.suites.NAME] tables are: {known}")
+        if self.evaluator.engine == "own" and self.evaluation is None:
+            raise ValueError('evaluator.engine = "own" wants something to judge: give [evaluation.suites.NAME] too')
+
+    @property
+    def judge(self) -> Literal["rollout", "evaluator"]:
+        """The role whose replicas judge held-out accuracy."""
+        return "evaluator" if self.evaluator.engine == "own" else "rollout"
+
+    @property
+    def stop_suite(self) -> str | None:
+        """The suite that [sft.stop] looks at; None without such a rule."""
+        if self.sft is None or self.sft.stop is None or self.evaluation is None:
+            return None
+        return self.sft.stop.suite or next(iter(self.evaluation.suites))

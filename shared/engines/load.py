@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import Recipe
 from shared.data.chat import end_of_turn
@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_engine(recipe: Recipe) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """The engine of [rollout] for [model], and the model's tokenizer. Raises ModelError, DataError, EngineError."""
+def load_engine(
+    recipe: Recipe, role: Literal["rollout", "evaluator"] = "rollout"
+) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """The engine for [model], with the slots of `role`, and its tokenizer. ModelError, DataError or EngineError."""
     from shared.engines.transformers import TransformersEngine
     from shared.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     model = load_model(recipe.model, recipe.run.seed, weights=False)
+    slots = (recipe.evaluator if role == "evaluator" else recipe.rollout).slots
     stops = stop_tokens(tokenizer, model.generation_config)
-    return TransformersEngine(model, slots=recipe.rollout.slots, stops=stops), tokenizer
+    return TransformersEngine(model, slots=slots, stops=stops), tokenizer
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:

@@ -77,9 +77,10 @@ kind = "format"
 weight = 0.5
 
 [evaluation]
-dataset = "sums"
-problems = 10
 every = 100
+
+[evaluation.suites.sums]
+problems = 10
 max_new_tokens = 24
 
 [checkpoint]

@@ -16,10 +16,10 @@ from services.controller.audit import Auditor
 from services.controller.core.core import Core
 from services.controller.core.events import AnyEvent, MessageReceived, ReplicaLost, ReplicaRegistered, TermBegan
 from services.controller.core.ledger import SAMPLED
-from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined
+from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined, Judged, Reported
 from services.controller.journal import Journal
 from services.controller.spool import Spool
-from shared.messages import AnyMessage, CommitStep, Envelope, Position, Registered, TrainStep
+from shared.messages import AnyMessage, CommitStep, Envelope, Grant, Position, Registered, Role, TrainStep
 from tests.simulation.payload import Sampled
 from tests.simulation.plan import Plan
 from tests.simulation.world import Violation, World
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tests.simulation.fleet import Fleet
     from tests.simulation.process import Rank
 
+ROLES: tuple[Role, ...] = ("policy", "rollout", "evaluator")
 MOST_EVENTS = 40_000
 MOST_RECORDS_AT_ONCE = 600
 _ENCODER = msgspec.msgpack.Encoder()
@@ -56,6 +57,8 @@ class Checks:
         self._held: dict[tuple[int, Position], str] = {}
         self._revoked: dict[int, float] = {}
         self._taken: dict[bytes, set[bytes]] = {}
+        self._answers: dict[tuple[int, int], tuple[int, dict[int, str]]] = {}
+        self._last_report: dict[int, int] = {}
 
     def broken(self, text: str) -> None:
         """A rule is broken."""
@@ -99,11 +102,16 @@ class Checks:
                     self.broken(f"attempt {fact.attempt} at a step was assigned before, by another event")
             elif isinstance(fact, Joined):
                 self._joined[fact.replica, fact.incarnation] = number
+            elif isinstance(fact, Reported):
+                self._last_report[fact.group] = fact.attempt
+            elif isinstance(fact, Judged):
+                self._check_judged(fact)
         self._check_audit()
         self._check_books(core)
         self._check_fleet(core)
         self._check_bounds(core)
         self._check_indices(core)
+        self._check_rounds(core)
 
     def rested(self, core: Core, now: float) -> None:
         """The controller has let everything out: somebody must be due to wake it."""
@@ -164,8 +172,12 @@ class Checks:
         self._by_version.setdefault((position.lineage, position.version), chain)  # the first step that has it began it
 
     def loaded_weights(self, nonce: int, position: Position, chain: str) -> None:
-        """A rollout's engine has these weights."""
+        """A rollout's or evaluator's engine has these weights."""
         self._held[nonce, position] = chain
+
+    def answered(self, grant: Grant, chains: dict[int, str]) -> None:
+        """A held-out row was answered with these weights."""
+        self._answers[grant.group, grant.attempt] = (grant.lineage, dict(chains))
 
     def assigned(self, name: str, step: TrainStep, sampled: list[Sampled]) -> None:
         """A policy was given a step: the payload must be of its groups, no staler than the bound, of true weights."""
@@ -203,6 +215,9 @@ class Checks:
         missing = [(ln, step) for ln, book in audit.books.items() for step in book.steps if (ln, step) not in lines]
         if missing:
             self.broken(f"metrics.jsonl lacks (lineage, step) {missing}")
+        for suite in recipe.evaluation.suites if recipe.evaluation is not None else ():
+            if (state.lineage, version, suite) not in self.fleet.outputs.evaluations:
+                self.broken(f"complete at version {version} of lineage {state.lineage}, not judged on suite {suite}")
         settled = state.lineages.settled
         chain = self.fleet.folder.load(state.lineages.path, settled)
         if chain is None or chain != self._by_step[settled.lineage, settled.step]:
@@ -266,13 +281,58 @@ class Checks:
                 chain = self._held.get((replica.nonces[0], held)) if held is not None else None
                 if held is None or (chain is None and not self._renamed(replica.nonces[0], held)):
                     self.broken(f"{replica.name} is ready with {held}, which it never held")
-                elif replica.role == "rollout" and held.lineage == state.lineage:
+                elif replica.role != "policy" and held.lineage == state.lineage:
                     true = self._by_version.get((held.lineage, held.version))
                     if true != chain:
                         self.broken(f"{replica.name} is ready with {held} as {chain}, but that is {true}")
         committed = state.lineages.committed
         if committed.step < state.lineages.settled.step or committed.version < state.lineages.settled.version:
             self.broken(f"committed {committed} is behind settled {state.lineages.settled}")
+
+    def _check_judged(self, fact: Judged) -> None:
+        """What a verdict rests on was sampled with exactly the weights that it is about."""
+        lineage, chains = self._answers[fact.group, self._last_report[fact.group]]
+        true = self._by_version.get((fact.lineage, fact.version))
+        if (lineage, list(chains.items())) != (fact.lineage, [(fact.version, true)]):
+            self.broken(f"{fact} rests on an answer in lineage {lineage} by {chains}, but that version is {true}")
+
+    def _check_rounds(self, core: Core) -> None:
+        """A round is not torn by newer weights, and a periodic one on evaluators holds no training up."""
+        state, recipe = core.state, self.plan.recipe
+        judged, transfer = state.evaluation.round, state.weights.transfer
+        if transfer is not None:
+            for group in state.ledger.having("leased", "eval"):
+                if group.replica in transfer.receivers and group.version != transfer.position.version:
+                    self.broken(f"{group.replica} judges version {group.version} and is sent {transfer.position}")
+        train, stages = recipe.train, state.stages
+        periodic = judged is not None and judged.why == "periodic" and not recipe.run.deterministic
+        if not periodic or recipe.judge != "evaluator" or train is None or stages.name != "train":
+            return
+        if stages.outcome or stages.stopping or state.version - stages.began >= train.batches:
+            return
+        self._check_rollouts_are_served(core)
+        if state.steps.batch is not None or state.steps.step is not None:
+            return
+        running = state.ledger.oldest("leased", "train")
+        held_up = running is not None and running <= state.version - train.max_staleness
+        if state.ledger.count("reported", "train") >= train.batch_size and not held_up:
+            self.broken(f"no batch is formed of {state.ledger.count('reported', 'train')} groups during {judged}")
+
+    def _check_rollouts_are_served(self, core: Core) -> None:
+        """Between batches nothing but a transfer, or its mesh, keeps rollouts from the committed weights."""
+        state, committed = core.state, core.state.lineages.committed
+        policies = [replica for replica in state.fleet.ready("policy") if replica.position == committed]
+        if not policies or state.weights.transfer is not None or not state.fleet.behind("rollout", committed):
+            return
+        if state.steps.batch is not None and (state.steps.batch.index or state.steps.step is None):
+            return
+        if state.steps.step is not None and state.steps.step.state == "committed":
+            return
+        mesh, retry = state.meshes.of("weights", "rollout"), state.meshes.retries.get("rollout")
+        if mesh is not None and mesh.state != "formed":
+            return
+        if mesh is not None or retry is None or state.now >= retry.not_before:
+            self.broken(f"rollouts hold old weights during {state.evaluation.round}, and nobody sends them any")
 
     def _renamed(self, nonce: int, position: Position) -> bool:
         """The same weights under the version that followed when the rest of a batch was struck off."""
@@ -315,7 +375,7 @@ class Checks:
             self.broken(f"the ledger's shelves are {found}, its groups {shelves}")
         if {key: age for key, age in ledger.ages.items() if age} != ages or ledger.loads != loads:
             self.broken(f"the ledger indexes {ledger.ages}, {ledger.loads}; its groups are {ages}, {loads}")
-        for role in ("policy", "rollout"):
+        for role in ROLES:
             live = sorted(r.name for r in fleet.replicas.values() if r.live and r.role == role)
             if [r.name for r in fleet.live(role)] != live:
                 self.broken(f"the fleet lists {fleet.live(role)}, live are {live}")

@@ -58,7 +58,7 @@ class Outputs:
 
     def __init__(self) -> None:
         self.lines: dict[tuple[int, int], dict[str, Any]] = {}
-        self.evaluations: dict[tuple[int, int], dict[str, Any]] = {}
+        self.evaluations: dict[tuple[int, int, str], dict[str, Any]] = {}
 
     def metrics(self, line: dict[str, Any]) -> None:
         """Keep a committed step's line."""
@@ -66,7 +66,7 @@ class Outputs:
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """Keep a verdict."""
-        self.evaluations[result["lineage"], result["version"]] = result
+        self.evaluations[result["lineage"], result["version"], result["suite"]] = result
 
 
 class _Journal(Journal):

@@ -108,7 +108,7 @@ def _slow(fleet: Fleet, fault: Fault) -> None:
 
 
 def _leave(fleet: Fleet, fault: Fault) -> None:
-    if fault.who.startswith("rollout"):
+    if not fault.who.startswith("policy"):
         ranks = fleet.plan.replicas[fault.who]
         fleet.unwant(fault.who)
         fleet.world.after(fault.seconds + 0.5, lambda: fleet.want(fault.who, ranks))
@@ -117,8 +117,9 @@ def _leave(fleet: Fleet, fault: Fault) -> None:
 def _join_storm(fleet: Fleet, fault: Fault) -> None:
     if fleet.plan.recipe.run.deterministic:
         return
+    judges = fleet.plan.recipe.judge == "evaluator" and fault.number % 3 == 0
     for number in range(1 + fault.number % 6):
-        name = f"rollout-{10 + number}"
+        name = f"{'evaluator' if judges else 'rollout'}-{10 + number}"
         fleet.world.after(number * 0.05, lambda name=name: fleet.want(name, 1 + fault.number % 2))  # type: ignore[misc]
         fleet.world.after(fault.seconds + number * 0.1, lambda name=name: fleet.unwant(name))  # type: ignore[misc]
 

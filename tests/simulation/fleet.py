@@ -32,6 +32,7 @@ from tests.simulation.process import EXIT_DONE, EXIT_FENCED, Rank
 from tests.simulation.rollout import Rollout
 from tests.simulation.world import World
 
+ROLES: tuple[Role, ...] = ("policy", "rollout", "evaluator")
 LATE_S = 60.0
 """A run may fail of what faults did to it, but not so long after the last one."""
 
@@ -139,7 +140,7 @@ class Fleet:
             self.world.after(seconds, lambda process=process: process.kill(EXIT_FENCED, "unasked for"))  # type: ignore[misc]
 
     def _start(self, name: str, size: int, datasets: tuple[DatasetIdentity, ...]) -> None:
-        role: Role = "policy" if name.startswith("policy") else "rollout"
+        role: Role = next(role for role in ROLES if name.startswith(role))
         self.processes[name] = []
         for rank in range(size):
             process = Rank(self, role, name, rank, size, datasets)

@@ -173,7 +173,7 @@ MUTANTS = [
     ),
     Mutant(
         "gaps in a session are skipped",
-        62,
+        15,
         (("shared/bus/channel.py", "if sequence > self.received + 1:", "if sequence > self.received + 9:"),),
     ),
     Mutant(
@@ -195,7 +195,7 @@ MUTANTS = [
     ),
     Mutant(
         "weights of another lineage count as the same",
-        13,
+        41,
         (
             (
                 f"{CORE}/fleet.py",
@@ -266,8 +266,8 @@ MUTANTS = [
     ),
     Mutant(
         "samples of unchecked weights are taken",
-        110,
-        ((f"{CORE}/core.py", "report.newest > _checked_version(turn, group.replica)", "False"),),
+        664,
+        ((f"{CORE}/core.py", "report.newest > _checked_version(turn, group)", "False"),),
     ),
     Mutant(
         "sampling seeds follow from ids",
@@ -284,6 +284,67 @@ MUTANTS = [
         "a batch that was struck off whole stays",
         55,
         ((f"{CORE}/rules/training.py", "    if not batch.plan:\n", "    elif not batch.plan:\n"),),
+    ),
+    Mutant(
+        "nobody doubts a transfer that was given up",
+        20167,
+        ((f"{CORE}/rules/syncing.py", "        _doubt(turn, state.weights.transfer)\n", ""),),
+    ),
+    # bugs that only a run with evaluators of its own can have
+    Mutant(
+        "an evaluator gets new weights in mid-round",
+        13,
+        (
+            (
+                f"{CORE}/rules/syncing.py",
+                "    return not _round_on_older_weights(turn) and round_due(turn) is not None\n",
+                "    return True\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a lost evaluator's rows are forgotten",
+        13,
+        (
+            (
+                f"{CORE}/rules/losing.py",
+                '        if group.state == "leased":  # an earlier one may have taken its whole wave back already\n',
+                '        if group.state == "leased" and replica.role != "evaluator":\n',
+            ),
+        ),
+    ),
+    Mutant(
+        "a round that nobody can finish stays open",
+        51,
+        (
+            (
+                f"{CORE}/rules/judging.py",
+                '    drop_round(turn, "round_cancelled")\n    return True\n',
+                "    return False\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "training waits for every verdict",
+        13,
+        (
+            (
+                f"{CORE}/rules/judging.py",
+                'return why is not None and (why != "periodic" or turn.recipe.run.deterministic)',
+                "return why is not None",
+            ),
+        ),
+    ),
+    Mutant(
+        "rollouts get no weights while evaluators judge",
+        15,
+        (
+            (
+                f"{CORE}/rules/syncing.py",
+                'return not _round_on_older_weights(turn) if judge else state.stages.name == "train"',
+                'return not _round_on_older_weights(turn) and (judge or state.stages.name == "train")',
+            ),
+        ),
     ),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from shared.config import Recipe
 from shared.messages import DatasetIdentity
@@ -36,7 +37,7 @@ def plan_of(seed: int) -> Plan:
     minibatches = draw.choice([1, 1, 2])
     batch = {"dataset": "train", "lr": 1e-3}
     evaluation = draw.random() < 0.7
-    tree: dict[str, object] = {
+    tree: dict[str, Any] = {
         "run": {"seed": seed, "deterministic": deterministic},
         "model": {"build": {}},
         "data": {
@@ -63,7 +64,7 @@ def plan_of(seed: int) -> Plan:
     if sft:
         tree["sft"] = {**batch, "batches": draw.randint(1, 3), "batch_size": draw.randint(2, 4)}
         if evaluation and draw.random() < 0.4:
-            tree["sft"]["stop"] = {"accuracy": draw.choice([0.5, 0.9]), "every": draw.randint(1, 2)}  # type: ignore[index]
+            tree["sft"]["stop"] = {"accuracy": draw.choice([0.5, 0.9]), "every": draw.randint(1, 2)}
     if train:
         tree["train"] = {
             **batch,
@@ -76,13 +77,36 @@ def plan_of(seed: int) -> Plan:
             "filter_equal_rewards": draw.random() < 0.6,
         }
     if evaluation:
-        tree["evaluation"] = {"dataset": "heldout", "problems": draw.randint(2, 6), "every": draw.randint(1, 3)}
+        suite = {"problems": draw.randint(2, 6)}
+        tree["evaluation"] = {"every": draw.randint(1, 3), "suites": {"heldout": suite}}
     rollouts = 1 if deterministic else draw.randint(1, 4)
     names = ["policy-0", *(f"rollout-{number}" for number in range(rollouts))]
-    return Plan(
-        seed,
-        Recipe.model_validate(tree),
-        draw.choice([1 << 10, 1 << 14, 1 << 20]),
-        {name: draw.choice([1, 1, 1, 2, 3]) for name in names},
-        {name: draw.choice([0.5, 1.0, 1.0, 1.0, 2.0]) for name in names},
-    )
+    segment_bytes = draw.choice([1 << 10, 1 << 14, 1 << 20])
+    replicas = {name: draw.choice([1, 1, 1, 2, 3]) for name in names}
+    speed = {name: draw.choice([0.5, 1.0, 1.0, 1.0, 2.0]) for name in names}
+    if evaluation:
+        _draw_evaluators(seed, deterministic, tree, replicas, speed)
+    return Plan(seed, Recipe.model_validate(tree), segment_bytes, replicas, speed)
+
+
+def _draw_evaluators(
+    seed: int, deterministic: bool, tree: dict[str, Any], replicas: dict[str, int], speed: dict[str, float]
+) -> None:
+    """Who judges, and on what: evaluators of their own in some lives, several suites in some.
+
+    From a stream of its own, so that the other lives are what they were before there were evaluators.
+    """
+    draw = random.Random(f"{seed}/evaluators")
+    if draw.random() < 0.25:
+        tree["evaluation"]["suites"]["sampled"] = {
+            "dataset": "heldout",
+            "problems": draw.randint(1, 4),
+            "samples": draw.randint(1, 3),
+            "temperature": 1.0,
+        }
+    if draw.random() < 0.5:
+        count = 1 if deterministic else draw.choice([1, 1, 2])
+        tree["evaluator"] = {"engine": "own", "replicas": count, "slots": draw.choice([2, 4, 16])}
+        for number in range(count):
+            replicas[f"evaluator-{number}"] = draw.choice([1, 1, 1, 2, 3])
+            speed[f"evaluator-{number}"] = draw.choice([0.5, 1.0, 2.0, 4.0])

@@ -38,7 +38,7 @@ class Rank:
         self.name = f"{replica}/{rank}*{nonce}"
         self.alive, self.frozen, self.hung = True, False, False
         self.woke_at = 0.0
-        self.standing = Standing()
+        self.standing = Standing(lambda: self.world.now)
         self.session = ReplicaSession(
             Passport(role, replica, rank, world, nonce, nonce, "here", datasets),
             self.standing,

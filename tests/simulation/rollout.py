@@ -1,7 +1,7 @@
 """A model of the rollout service: takes weights over meshes, samples leased groups with them, reports.
 
 Sampling goes on while weights are swapped, so a group may be of several versions. Weights are chains (see payload.py).
-An evaluator is a rollout whose leases are for judging: both kinds of lease come here.
+An evaluator is a rollout that is leased nothing but rows to judge.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Rollout:
 
     def _submit(self) -> None:
         """Sequences enter free slots in order; in a deterministic run one `Lease` message's groups at a time."""
-        slots = self.fleet.plan.recipe.rollout.slots
+        recipe = self.fleet.plan.recipe
+        slots = (recipe.evaluator if self.process.role == "evaluator" else recipe.rollout).slots
         while self._waiting:
             first = [key for key in self._waiting[0] if key in self._groups and key not in self._inside]
             room = not self._inside if self._deterministic else len(self._inside) * 2 < slots
@@ -211,7 +212,10 @@ class Rollout:
             newest=max(group.chains),
             seconds=0.5,
             arrays=headers,
+            category="odd" if grant.purpose == "eval" and grant.row % 2 else "",
         )
+        if grant.purpose == "eval":
+            self.fleet.checks.answered(grant, group.chains)
         self.process.send(report, frames)
         self._forget([key])
         self._answered[key] = None

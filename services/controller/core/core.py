@@ -25,8 +25,9 @@ from services.controller.core.events import (
     TermBegan,
 )
 from services.controller.core.fleet import Replica
+from services.controller.core.ledger import Group
 from services.controller.core.orders import give_orders
-from services.controller.core.outcome import Joined, Judged, Outcome, Reported, StageBegan, Welcome
+from services.controller.core.outcome import Joined, Outcome, Reported, StageBegan, Welcome
 from services.controller.core.rules import judging, leasing, losing, saving, syncing, training
 from services.controller.core.state import State, Turn, initial_state
 from shared.config import Recipe
@@ -57,6 +58,7 @@ RULES = (
     saving.save_regularly,
     saving.close_run,
     losing.roll_back_if_orphaned,
+    judging.judge_rows,
     judging.cancel_round,
     judging.close_round,
     judging.open_round,
@@ -97,7 +99,7 @@ class Core:
 
     def judge_registration(self, register: Register) -> Refused | None:
         """Why a rank may not join; changes nothing."""
-        return refusals.judge_registration(self.state, register)
+        return refusals.judge_registration(self.state, self.recipe, register)
 
     def judge(self, replica: str, incarnation: int, message: ReplicaMessage) -> refusals.Verdict:
         """Whether a message is fresh, a duplicate, or refused; changes nothing."""
@@ -271,18 +273,18 @@ def _take_report(turn: Turn, report: GroupReport, spooled: Spooled | None) -> No
     if group.purpose == "eval" and judged is not None and not report.oldest == report.newest == judged.version:
         leasing.give_back(turn, group, f"judged with versions {report.oldest}..{report.newest}, not {judged.version}")
         return
-    if group.purpose == "train" and report.newest > _checked_version(turn, group.replica):
+    if group.purpose == "train" and report.newest > _checked_version(turn, group):
         leasing.give_back(turn, group, "sampled with weights whose digest was not compared yet")
         return
     state.ledger.report(group, report, spooled)
     turn.fact(Reported(group.id, group.attempt, group.oldest, group.newest))
-    if group.purpose == "eval" and judged is not None:
-        judged.scores[group.row] = report.rewards[0]
-        state.ledger.consume(group, state.lineage)
-        turn.fact(Judged(state.lineage, group.id, judged.version))
+    if turn.recipe.run.deterministic:
+        leasing.prolong_wave(turn, group)
 
 
-def _checked_version(turn: Turn, replica: str) -> int:
-    """The version of the weights that this replica holds for certain; a swap may be ahead of its verdict."""
-    position = turn.state.fleet.replicas[replica].position
+def _checked_version(turn: Turn, group: Group) -> int:
+    """The newest version that this group's lessee samples with for certain; a swap may be ahead of its verdict."""
+    if group.newest_allowed is not None:
+        return group.newest_allowed
+    position = turn.state.fleet.replicas[group.replica].position
     return position.version if position is not None else -1

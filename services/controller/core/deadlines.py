@@ -12,6 +12,7 @@ from services.controller.core.rules.saving import checkpoint_failed
 from services.controller.core.rules.syncing import revoke_mesh
 from services.controller.core.state import State, Turn
 from shared.config import Recipe
+from shared.messages import Role
 
 
 def next_deadline(state: State, recipe: Recipe) -> float:
@@ -39,8 +40,9 @@ def _moments(state: State, recipe: Recipe) -> Iterator[float]:
         yield state.lineages.saving.deadline
     if state.stages.stopping:
         yield state.stages.stop_deadline
-    if state.meshes.not_before > state.now:
-        yield state.meshes.not_before
+    for retry in state.meshes.retries.values():
+        if retry.not_before > state.now:
+            yield retry.not_before
 
 
 def expire(turn: Turn) -> None:
@@ -69,7 +71,7 @@ def expire(turn: Turn) -> None:
             "stopped", f"{state.stages.stopping}; the batch in hand was not finished within timeouts.step_s"
         )
     if state.progressed + turn.recipe.timeouts.stall_s <= now:
-        state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state)}")
+        state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state, turn.recipe)}")
 
 
 def _expire_step(turn: Turn) -> None:
@@ -86,9 +88,12 @@ def _expire_step(turn: Turn) -> None:
         lose(turn, state.fleet.replicas[name], f"step {step.step} was {step.state} and waited past timeouts.step_s")
 
 
-def _waiting_for(state: State) -> str:
+def _waiting_for(state: State, recipe: Recipe) -> str:
     """One line for a person: who waits for whom."""
-    roles = {role: [f"{r.name} {r.state}" for r in state.fleet.live(role)] for role in ("policy", "rollout")}
+    wanted: list[Role] = ["policy", "rollout"]
+    if recipe.judge == "evaluator":
+        wanted.append("evaluator")
+    roles = {role: [f"{r.name} {r.state}" for r in state.fleet.live(role)] for role in wanted}
     present = "; ".join(f"{role}: {', '.join(names) or 'none registered'}" for role, names in roles.items())
     leased, reported = len(state.ledger.having("leased")), len(state.ledger.having("reported"))
     return f"stage {state.stages.name}, {leased} groups leased, {reported} reported; {present}"

@@ -28,7 +28,10 @@ LIVE: tuple[ReplicaState, ...] = ("joining", "loading", "stale", "ready", "drain
 
 
 class Replica(msgspec.Struct):
-    """One incarnation of a replica. `position` is what it holds, as acknowledged; None: nothing usable."""
+    """One incarnation of a replica. `position` is what it holds, as acknowledged; None: nothing usable.
+
+    `doubtful`: a transfer to it was given up, so its engine may sample with weights that nobody has compared.
+    """
 
     name: str
     role: Role
@@ -42,6 +45,7 @@ class Replica(msgspec.Struct):
     position: Position | None = None
     confirmed: bool = True
     deadline: float | None = None
+    doubtful: bool = False
 
     @property
     def live(self) -> bool:
@@ -70,16 +74,16 @@ class Fleet(msgspec.Struct):
         """The replicas of a role that may be given work: ready, and heard from in this term."""
         return self._on_shelves(lambda key: key.startswith(f"{role} ready confirmed "))
 
-    def behind(self, committed: Position) -> list[Replica]:
-        """Rollouts whose engine stands, heard from in this term, that hold other weights than the committed ones."""
-        loaded = ("rollout stale confirmed ", "rollout ready confirmed ")
+    def behind(self, role: Role, committed: Position) -> list[Replica]:
+        """Those of a role whose engine stands, heard from in this term, that hold other weights than the committed."""
+        loaded = (f"{role} stale confirmed ", f"{role} ready confirmed ")
         current = f" {_weights(committed)}"
         return self._on_shelves(lambda key: key.startswith(loaded) and not key.endswith(current))
 
     def anyone_holds(self, role: Role, lineage: int, version: int) -> bool:
-        """Whether a live replica of a role holds these weights."""
+        """Whether a replica of a role that was ready holds these weights, be it unconfirmed in this term."""
         wanted = f" {lineage}/{version}"
-        return any(key.startswith(f"{role} ") and key.endswith(wanted) for key in self.shelves)
+        return any(key.startswith(f"{role} ready ") and key.endswith(wanted) for key in self.shelves)
 
     def newest_ready(self, role: Role, lineage: int) -> int | None:
         """The newest version of a lineage that a ready replica of a role holds."""

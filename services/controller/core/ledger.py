@@ -34,7 +34,9 @@ SAMPLED: tuple[GroupState, ...] = ("leased", "reported")
 class Group(msgspec.Struct):
     """One prompt group. `version` is the weight version of the lease; `oldest`/`newest` are its tokens' versions.
 
-    `told`: the lessee was sent this lease in its session. `kept`: it passed the equal-reward filter.
+    `told`: the lessee was sent this lease in its session. `kept`: it passed the equal-reward filter. `suite` and
+    `category` are those of an evaluation group. `newest_allowed`: tokens of newer versions may be of weights that were
+    not compared.
     """
 
     id: int
@@ -64,9 +66,13 @@ class Group(msgspec.Struct):
     oldest: int = 0
     newest: int = 0
     seconds: float = 0.0
+    judge_seconds: float = 0.0
     arrays: list[ArrayHeader] = []
     spooled: Spooled | None = None
     kept: bool = False
+    suite: str = ""
+    category: str = ""
+    newest_allowed: int | None = None
 
     @property
     def sampled_at(self) -> int:
@@ -105,6 +111,7 @@ class Ledger(msgspec.Struct):
     drawn: dict[str, int] = {}
     books: dict[int, Book] = {}
     wave: int = 0
+    segment: int = 0
     rewards: list[float] = msgspec.field(default_factory=lambda: [0.0, 0.0])
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -141,8 +148,8 @@ class Ledger(msgspec.Struct):
         return [self.groups[number] for number in sorted(self.lessees.get(replica, ()))]
 
     def accepted_and_running(self, purpose: Purpose) -> int:
-        """Groups of a purpose that hold a slot and aren't consumed yet."""
-        return sum(self.count(state, purpose) for state in ("queued", "leased", "reported", "assigned"))
+        """Groups of a purpose that run or hold a slot and aren't consumed yet."""
+        return self.count("leased", purpose) + self.count("reported", purpose) + self.count("assigned", purpose)
 
     # -- moving -------------------------------------------------------------------------------------------------------
 
@@ -156,6 +163,7 @@ class Ledger(msgspec.Struct):
         samples: int,
         sampling: Sampling,
         revision: int,
+        suite: str = "",
     ) -> Group:
         """Issue a new group for a row; its sampling seed follows from the run's seed, its purpose, epoch and row.
 
@@ -175,6 +183,7 @@ class Ledger(msgspec.Struct):
             samples=samples,
             sampling=sampling,
             revision=revision,
+            suite=suite,
         )
         self.next_id += 1
         self.groups[group.id] = group
@@ -187,7 +196,7 @@ class Ledger(msgspec.Struct):
         self._expect(group, "queued")
         group.attempt += 1
         group.replica, group.incarnation, group.told = replica, incarnation, False
-        group.version, group.leased_at, group.deadline = version, at, until
+        group.version, group.leased_at, group.deadline, group.newest_allowed = version, at, until, None
         self._move(group, "leased")
 
     def report(self, group: Group, report: GroupReport, spooled: Spooled | None) -> None:
@@ -200,8 +209,11 @@ class Ledger(msgspec.Struct):
             report.lengths,
             sum(report.truncated),
         )
-        group.oldest, group.newest, group.seconds = report.oldest, report.newest, report.seconds
-        group.arrays, group.spooled = report.arrays, spooled
+        group.oldest, group.newest = report.oldest, report.newest
+        group.seconds, group.judge_seconds = report.seconds, report.judge_seconds
+        group.arrays, group.spooled, group.category = report.arrays, spooled, report.category
+        if spooled is not None:
+            self.segment = spooled.segment
         self._move(group, "reported")
         if group.purpose == "train":
             self.unfiltered[group.id] = None
@@ -226,20 +238,14 @@ class Ledger(msgspec.Struct):
         self._expect(group, "reported")
         self._move(group, "assigned")
 
-    def release(self, group: Group) -> None:
-        """Its batch was given up before any step committed: the group waits for another."""
-        self._expect(group, "assigned")
-        self._move(group, "reported")
-
     def consume(self, group: Group, lineage: int) -> None:
         """Its batch committed (or, for an evaluation, it was judged and leaves the ledger)."""
+        self._expect(group, "reported" if group.purpose == "eval" else "assigned")
         self.book(lineage).consumed += 1
         if group.purpose == "eval":
-            self._expect(group, "reported")
             self._remove(group)
-            return
-        self._expect(group, "assigned")
-        self._move(group, "consumed")
+        else:
+            self._move(group, "consumed")
 
     def settle(self, group: Group, lineage: int) -> None:
         """It is inside a durable checkpoint: the ledger forgets it."""
@@ -271,9 +277,9 @@ class Ledger(msgspec.Struct):
         self.rewards = [0.0, 0.0]
         return total / count if count else None
 
-    def first_segment(self) -> int | None:
-        """The lowest spool segment that a group still needs; None when none needs any."""
-        return min((g.spooled.segment for g in self.groups.values() if g.spooled is not None), default=None)
+    def first_segment(self) -> int:
+        """The lowest spool segment that a group still needs; if none is needed, the newest known: it may be in use."""
+        return min((g.spooled.segment for g in self.groups.values() if g.spooled is not None), default=self.segment)
 
     def _move(self, group: Group, state: GroupState) -> None:
         self._unshelve(group)

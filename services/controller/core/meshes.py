@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from shared.messages import MeshIdentity, MeshMember
+from shared.messages import MeshIdentity, MeshMember, Role
 
 RETRY_S = 1.0
 """Pause after a failed attempt, doubled with each one in a row, so that a broken network isn't hammered."""
@@ -24,11 +24,19 @@ REVOKED_KEPT = 16
 """Revoked epochs whose members are remembered, for those that were not there to be told."""
 
 
+class Retry(msgspec.Struct):
+    """How often in a row the mesh for some receivers has failed, and when the next attempt may begin."""
+
+    failures: int = 0
+    not_before: float = 0.0
+
+
 class Mesh(msgspec.Struct):
-    """One attempt at a process group."""
+    """One attempt at a process group. `receivers` is the role that takes weights over it."""
 
     epoch: int
     purpose: Literal["gradients", "weights"]
+    receivers: Role
     backend: Literal["gloo", "nccl"]
     members: list[MeshMember]
     state: Literal["minting", "forming", "formed", "revoked"]
@@ -53,24 +61,28 @@ class Mesh(msgspec.Struct):
 
 
 class Meshes(msgspec.Struct):
-    """The live meshes by epoch, the members of those revoked last, and when the next attempt may begin."""
+    """The live meshes by epoch, the members of those revoked last, and when the next attempts may begin.
+
+    Rollouts and evaluators have a mesh each, so that a broken one of the former never delays the latter, nor the other
+    way round.
+    """
 
     meshes: dict[int, Mesh] = {}
     revoked: dict[int, list[str]] = {}
     last_epoch: int = 0
-    failures: int = 0
-    not_before: float = 0.0
+    retries: dict[Role, Retry] = {}
 
     def begin(
         self,
         purpose: Literal["gradients", "weights"],
+        receivers: Role,
         backend: Literal["gloo", "nccl"],
         members: list[MeshMember],
         deadline: float,
     ) -> Mesh:
         """A new attempt with a new epoch; it waits for its unique id."""
         self.last_epoch += 1
-        mesh = Mesh(self.last_epoch, purpose, backend, members, "minting", deadline)
+        mesh = Mesh(self.last_epoch, purpose, receivers, backend, members, "minting", deadline)
         self.meshes[mesh.epoch] = mesh
         return mesh
 
@@ -87,7 +99,8 @@ class Meshes(msgspec.Struct):
             return
         mesh.formed.append(replica)
         if len(mesh.formed) == len(mesh.members):
-            mesh.state, self.failures = "formed", 0
+            mesh.state = "formed"
+            self._retry(mesh.receivers).failures = 0
 
     def revoke(self, epoch: int, at: float, *, failed: bool) -> Mesh | None:
         """End a mesh for good; after a failure the next attempt waits a little. The mesh, unless it had ended."""
@@ -99,15 +112,23 @@ class Meshes(msgspec.Struct):
         if len(self.revoked) > REVOKED_KEPT:
             del self.revoked[next(iter(self.revoked))]
         if failed:
-            self.not_before = at + min(RETRY_S * 2**self.failures, RETRY_MOST_S)
-            self.failures += 1
+            retry = self._retry(mesh.receivers)
+            retry.not_before = at + min(RETRY_S * 2**retry.failures, RETRY_MOST_S)
+            retry.failures += 1
         return mesh
+
+    def may_begin(self, receivers: Role, at: float) -> bool:
+        """Whether the pause after a failure is over."""
+        return at >= self._retry(receivers).not_before
+
+    def _retry(self, receivers: Role) -> Retry:
+        return self.retries.setdefault(receivers, Retry())
 
     def revoked_of(self, replica: str) -> list[int]:
         """The epochs revoked last that a replica was a member of."""
         return [epoch for epoch, names in self.revoked.items() if replica in names]
 
-    def of(self, purpose: str) -> Mesh | None:
-        """The live mesh of a purpose (the newest, should there be two)."""
-        live = [mesh for mesh in self.meshes.values() if mesh.purpose == purpose]
+    def of(self, purpose: str, receivers: Role) -> Mesh | None:
+        """The live mesh of a purpose for these receivers (the newest, should there be two)."""
+        live = [mesh for mesh in self.meshes.values() if (mesh.purpose, mesh.receivers) == (purpose, receivers)]
         return max(live, key=lambda mesh: mesh.epoch) if live else None

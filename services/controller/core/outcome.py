@@ -115,12 +115,13 @@ class Judged(Fact, frozen=True, tag="judged"):
 
 
 class Evaluated(Fact, frozen=True, tag="evaluated"):
-    """An evaluation ended."""
+    """An evaluation ended: what it found on one suite, which has `n` rows."""
 
     lineage: int
     version: int
+    suite: str
     n: int
-    correct: int
+    correct: float
     why: str
 
 

@@ -14,6 +14,7 @@ import msgspec
 from services.controller.core.events import ReplicaMessage
 from services.controller.core.fleet import Replica
 from services.controller.core.state import State
+from shared.config import Recipe
 from shared.messages import (
     CheckpointFailed,
     CheckpointSaved,
@@ -36,10 +37,17 @@ from shared.messages import (
 Verdict = Refused | Literal["fresh", "duplicate"]
 
 
-def judge_registration(state: State, register: Register) -> Refused | None:
+def judge_registration(state: State, recipe: Recipe, register: Register) -> Refused | None:
     """Why this rank may not join, or None when it may."""
-    if register.role not in ("policy", "rollout"):
-        return Refused("role", "policy or rollout", register.role, "start the service under a role that this run has")
+    if register.role == "person":
+        return Refused(
+            "role", "policy, rollout or evaluator", register.role, "a person asks questions without registering"
+        )
+    if register.role == "evaluator" and recipe.judge != "evaluator":
+        return Refused(
+            "role", 'a recipe with evaluator.engine = "own"', f"evaluator.engine = {recipe.evaluator.engine!r}",
+            "start no evaluator for this run, or set the key in its recipe",
+        )  # fmt: skip
     if not 0 <= register.rank < register.world:
         return Refused(
             "malformed", f"a rank below {register.world}", str(register.rank), "give each rank its own number"

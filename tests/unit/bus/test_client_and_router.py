@@ -87,7 +87,12 @@ def test_heartbeats_carry_the_state_and_a_counter_of_work(open_desk, open_client
     desk, client = open_desk(), open_client()
     client.progress("generating", 5)
     client.start(START_S)
-    desk.wait(lambda: any(i.envelope.body == Heartbeat(state="generating", progress=5) for i in desk.seen))
+
+    def told() -> bool:
+        bodies = [i.envelope.body for i in desk.seen if isinstance(i.envelope.body, Heartbeat)]
+        return any((b.state, b.progress) == ("generating", 5) and b.seconds["generating"] > 0 for b in bodies)
+
+    desk.wait(told)
 
 
 def test_starting_without_a_controller_says_where_it_was_looked_for(open_client):

@@ -32,7 +32,7 @@ class Rank:
     """A session and the controller's words for it."""
 
     def __init__(self) -> None:
-        self.standing = Standing()
+        self.standing = Standing(lambda: 0.0)
         passport = Passport("rollout", "rollout-0", 0, 1, 77, 1, "host")
         self.session = ReplicaSession(
             passport, self.standing, heartbeat_s=1.0, resend_s=1.0, lost_after_s=10.0, window=4

@@ -36,8 +36,7 @@ batches = 10
 batch_size = 16
 lr = 1e-4
 
-[evaluation]
-dataset = "held"
+[evaluation.suites.held]
 """
 
 

@@ -32,7 +32,7 @@ def rich_world() -> World:
     world = small_world(
         check_replay=False,
         sft={"dataset": "train", "batches": 2, "batch_size": 4, "lr": 1e-3},
-        evaluation={"dataset": "heldout", "problems": 3, "every": 2},
+        evaluation={"every": 2, "suites": {"heldout": {"problems": 3}}},
         train={"batches": 5},
         checkpoint={"every": 2},
     )
@@ -221,4 +221,4 @@ def test_an_unfinished_run_says_so_and_open_groups_are_no_fault(tmp_path: Path) 
 def test_evaluations_are_listed(rich: World, tmp_path: Path) -> None:
     audit = rich.audit(tmp_path)
     assert len(audit.evaluations) == len(rich.of(Evaluated))
-    assert any(line.startswith("evaluated version 2 (first): 0/3") for line in audit.lines())
+    assert any(line.startswith("evaluated version 2 (first) on heldout: 0/3") for line in audit.lines())

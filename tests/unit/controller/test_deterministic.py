@@ -9,7 +9,7 @@ from shared.messages import Lease, TrainStep
 from tests.unit.controller.world import Model, World, picker, recipe, small_world
 
 TABLES = {"run": {"deterministic": True}, "train": {"max_staleness": 0, "batches": 4}}
-JUDGED = {"evaluation": {"dataset": "heldout", "problems": 20, "every": 2}, "rollout": {"slots": 1}}
+JUDGED = {"evaluation": {"every": 2, "suites": {"heldout": {"problems": 20}}}, "rollout": {"slots": 1}}
 
 
 def filtered(group: int, samples: int) -> list[float]:

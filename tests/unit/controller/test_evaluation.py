@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from services.controller.core.evaluation import Evaluation, Round
+from services.controller.core.evaluation import Answer, Evaluation, Round
 from services.controller.core.outcome import Committed, Discarded, Evaluated, Issued, Requeued, StageBegan
-from services.controller.core.rules.judging import wilson_interval
+from shared.intervals import wilson_interval
 from shared.messages import Grant, GroupReport, Lease, LeaseReturned, Position, ReceiveWeights, TrainStep
 from tests.unit.controller.world import Model, World, recipe, small_world
 
-EVALUATION = {"dataset": "heldout", "problems": 5, "every": 2}
+EVALUATION = {"every": 2, "suites": {"heldout": {"problems": 5}}}
 SFT = {"dataset": "train", "batches": 6, "batch_size": 4, "lr": 1e-3, "stop": {"accuracy": 0.6, "every": 2}}
 
 
@@ -55,7 +55,7 @@ def test_a_round_asks_the_same_rows_once_greedily() -> None:
 
 
 def test_a_round_is_no_longer_than_the_data_set() -> None:
-    world = small_world(evaluation={"dataset": "heldout", "problems": 200})
+    world = small_world(evaluation={"suites": {"heldout": {"problems": 200}}})
     world.deliver()
     assert {evaluation["n"] for evaluation in world.evaluations} == {20}
 
@@ -131,7 +131,7 @@ def test_an_answer_by_another_version_is_judged_again() -> None:
     assert again.cause == "judged with versions 0..1, not 0"
     assert (key[0], 2) in rollout.working
     assert world.core.state.evaluation.round is not None
-    assert world.core.state.evaluation.round.scores == {}
+    assert world.core.state.evaluation.round.answers == {}
 
 
 def test_a_row_that_cannot_be_judged_counts_as_wrong_and_the_round_ends() -> None:
@@ -241,21 +241,30 @@ def test_the_interval_is_wilsons(correct: int, n: int, low: float, high: float) 
 
 
 def test_a_score_counts_as_correct_from_the_bar_on() -> None:
-    judged = Round(1, 0, "train", "first", 0.0, 4, scores={0: 0.5, 1: 0.49, 2: 1.0, 3: 0.5 - 1e-12})
-    assert judged.correct(0.5) == 3
+    suites = {"heldout": {"problems": 4, "correct_at": 0.5}}
+    world = small_world(evaluation={"every": 100, "suites": suites})
+    scores = iter([0.5, 0.49, 1.0, 0.5 - 1e-12])
+    world.models["rollout-0"].rewards = lambda group, samples: (
+        [next(scores, 0.0)] if samples == 1 else [float(i % 2) for i in range(samples)]
+    )
+    world.run(lambda: len(verdicts(world)) == 1)
+    [verdict] = world.of(Evaluated)
+    assert isinstance(verdict, Evaluated)
+    assert (verdict.n, verdict.correct) == (4, 3)
 
 
 def test_a_round_with_rows_open_cannot_be_closed() -> None:
-    evaluation = Evaluation(round=Round(1, 0, "train", "first", 0.0, 2, scores={0: 1.0}))
+    answers = {"heldout": {0: Answer(1.0, "")}}
+    evaluation = Evaluation(round=Round(1, 0, "train", "first", 0.0, {"heldout": 1, "other": 1}, answers))
     with pytest.raises(ValueError, match="every row is judged"):
-        evaluation.close(1.0)
+        evaluation.close()
 
 
-def test_the_newest_verdict_on_exactly_these_weights_counts() -> None:
+def test_a_verdict_is_about_exactly_these_weights() -> None:
     world = World(recipe(evaluation=EVALUATION))
     evaluation = world.core.state.evaluation
-    evaluation.round = Round(1, 3, "train", "periodic", 0.0, 1, scores={0: 1.0})
-    evaluation.close(1.0)
-    assert evaluation.verdict_of(1, 3) is not None
-    assert evaluation.verdict_of(2, 3) is None, "another lineage has other weights"
-    assert evaluation.verdict_of(1, 2) is None
+    evaluation.round = Round(1, 3, "train", "periodic", 0.0, {"heldout": 1}, {"heldout": {0: Answer(1.0, "")}})
+    evaluation.close()
+    assert evaluation.judged(1, 3)
+    assert not evaluation.judged(2, 3), "another lineage has other weights"
+    assert not evaluation.judged(1, 2)

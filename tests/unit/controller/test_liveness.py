@@ -69,3 +69,24 @@ def test_a_heartbeat_tells_what_a_replica_does() -> None:
     assert liveness.heartbeat("rollout-0", 1, 3.0) == ("", 2.0)
     liveness.note(RANK, "generating", 40)
     assert liveness.heartbeat("rollout-0", 1, 3.0) == ("generating", 2.0)
+
+
+def test_time_is_told_once_as_a_mean_over_the_replicas_of_a_role() -> None:
+    liveness = Liveness(10.0)
+    liveness.note(("rollout-0", 1, 0), "generating", 1, {"generating": 2.0, "waiting": 1.0})
+    liveness.note(("rollout-1", 1, 0), "generating", 1, {"generating": 4.0})
+    liveness.note(("policy-0", 1, 0), "applying", 1, {"training": 1.0, "applying": 0.5})
+    first = {"time/policy/train": 1.5, "time/rollout/generate": 3.0, "time/rollout/wait": 0.5}
+    assert liveness.take_spent() == first
+    liveness.note(("rollout-1", 1, 0), "generating", 1, {"generating": 5.0})
+    assert liveness.take_spent() == {"time/policy/train": 0.0, "time/rollout/generate": 0.5, "time/rollout/wait": 0.0}
+
+
+def test_a_new_incarnation_counts_its_time_from_nothing() -> None:
+    liveness = Liveness(10.0)
+    liveness.hear(RANK, 0.0)
+    liveness.note(RANK, "generating", 1, {"generating": 9.0})
+    liveness.take_spent()
+    liveness.forget("rollout-0", 1)
+    liveness.note(("rollout-0", 2, 0), "generating", 1, {"generating": 1.0})
+    assert liveness.take_spent() == {"time/rollout/generate": 1.0}

@@ -37,7 +37,7 @@ def epochs(world: World, name: str) -> list[int]:
 
 def test_a_mesh_is_formed_when_every_member_says_so_each_once() -> None:
     meshes = Meshes()
-    mesh = meshes.begin("weights", "gloo", MEMBERS, 10.0)
+    mesh = meshes.begin("weights", "rollout", "gloo", MEMBERS, 10.0)
     meshes.minted(mesh.epoch, b"id", 20.0)
     meshes.member_formed(mesh.epoch, "policy-0")
     meshes.member_formed(mesh.epoch, "policy-0")
@@ -51,7 +51,7 @@ def test_epochs_and_unique_ids_are_never_used_again() -> None:
     meshes = Meshes()
     seen = set()
     for _ in range(5):
-        mesh = meshes.begin("weights", "gloo", MEMBERS, 10.0)
+        mesh = meshes.begin("weights", "rollout", "gloo", MEMBERS, 10.0)
         seen.add(mesh.epoch)
         meshes.revoke(mesh.epoch, 0.0, failed=True)
     assert seen == {1, 2, 3, 4, 5}
@@ -59,12 +59,12 @@ def test_epochs_and_unique_ids_are_never_used_again() -> None:
 
 def test_a_revoked_mesh_is_never_anything_else_again() -> None:
     meshes = Meshes()
-    mesh = meshes.begin("weights", "gloo", MEMBERS, 10.0)
+    mesh = meshes.begin("weights", "rollout", "gloo", MEMBERS, 10.0)
     meshes.revoke(mesh.epoch, 0.0, failed=False)
     meshes.minted(mesh.epoch, b"late", 20.0)
     for member in MEMBERS:
         meshes.member_formed(mesh.epoch, member.replica)
-    assert (mesh.state, meshes.meshes, meshes.of("weights")) == ("revoked", {}, None)
+    assert (mesh.state, meshes.meshes, meshes.of("weights", "rollout")) == ("revoked", {}, None)
     assert meshes.revoke(mesh.epoch, 0.0, failed=True) is None
 
 
@@ -72,16 +72,16 @@ def test_failures_in_a_row_wait_ever_longer_and_success_begins_anew() -> None:
     meshes = Meshes()
     waits = []
     for _ in range(7):
-        mesh = meshes.begin("weights", "gloo", MEMBERS, 10.0)
+        mesh = meshes.begin("weights", "rollout", "gloo", MEMBERS, 10.0)
         meshes.revoke(mesh.epoch, 100.0, failed=True)
-        waits.append(meshes.not_before - 100.0)
+        waits.append(meshes.retries["rollout"].not_before - 100.0)
     assert waits == [RETRY_S, 2 * RETRY_S, 4 * RETRY_S, 8 * RETRY_S, RETRY_MOST_S, RETRY_MOST_S, RETRY_MOST_S]
-    mesh = meshes.begin("weights", "gloo", MEMBERS[:1], 10.0)
+    mesh = meshes.begin("weights", "rollout", "gloo", MEMBERS[:1], 10.0)
     meshes.minted(mesh.epoch, b"id", 20.0)
     meshes.member_formed(mesh.epoch, "policy-0")
-    mesh = meshes.begin("weights", "gloo", MEMBERS, 10.0)
+    mesh = meshes.begin("weights", "rollout", "gloo", MEMBERS, 10.0)
     meshes.revoke(mesh.epoch, 200.0, failed=True)
-    assert meshes.not_before == 200.0 + RETRY_S
+    assert meshes.retries["rollout"].not_before == 200.0 + RETRY_S
 
 
 def test_the_source_is_rank_0_and_everyone_is_told_the_same_identity() -> None:
@@ -151,7 +151,7 @@ def test_a_member_that_is_lost_ends_the_mesh_for_the_others_without_a_pause(who:
     others = [model for name, model in world.models.items() if name != who]
     for model in others:
         assert [order.epoch for order in model.told(RevokeMesh)] == [1]
-    assert world.core.state.meshes.not_before == 0.0
+    assert all(retry.not_before == 0.0 for retry in world.core.state.meshes.retries.values())
 
 
 def test_a_mesh_is_used_again_while_its_members_stay_the_same() -> None:

@@ -14,7 +14,7 @@ from tests.unit.controller.world import World, recipe, small_world
 WHOLE = {
     "sft": {"dataset": "train", "batches": 2, "batch_size": 4, "lr": 1e-3, "stop": {"accuracy": 0.9, "every": 1}},
     "train": {"batches": 3, "mu": 2, "minibatches": 2},
-    "evaluation": {"dataset": "heldout", "problems": 2, "every": 1},
+    "evaluation": {"every": 1, "suites": {"heldout": {"problems": 2}}},
     "checkpoint": {"every": 1},
 }
 

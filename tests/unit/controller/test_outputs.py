@@ -58,10 +58,10 @@ def test_a_line_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_evaluation_is_a_file_of_its_own(tmp_path: Path) -> None:
     outputs = Outputs(tmp_path)
-    outputs.evaluation({"lineage": 1, "version": 20, "accuracy": 0.5})
-    outputs.evaluation({"lineage": 1, "version": 20, "accuracy": 0.5})
-    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["1-20.json"]
-    assert json.loads((tmp_path / "eval" / "1-20.json").read_text())["accuracy"] == 0.5
+    outputs.evaluation({"suite": "heldout", "lineage": 1, "version": 20, "accuracy": 0.5})
+    outputs.evaluation({"suite": "heldout", "lineage": 1, "version": 20, "accuracy": 0.5})
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["1-20-heldout.json"]
+    assert json.loads((tmp_path / "eval" / "1-20-heldout.json").read_text())["accuracy"] == 0.5
 
 
 def test_the_address_is_replaced_by_each_term(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_a_rollback_in_the_middle_of_a_batch_begins_its_steps_anew(tmp_path: Pat
 
 
 def test_a_rollback_while_closing_goes_back_to_training_and_judges_the_last_version_again(tmp_path: Path) -> None:
-    evaluation = {"dataset": "heldout", "problems": 3, "every": 100}
+    evaluation = {"every": 100, "suites": {"heldout": {"problems": 3}}}
     world = small_world(evaluation=evaluation)
     world.models["policy-0"].silent = {SaveCheckpoint}
     world.deliver()
@@ -214,7 +214,7 @@ def test_a_rollback_during_sft_trains_its_worked_answers_again(tmp_path: Path) -
 
 
 def test_recorded_batches_are_trained_again_even_if_the_rule_holds_earlier_this_time(tmp_path: Path) -> None:
-    evaluation = {"dataset": "heldout", "problems": 2, "every": 100}
+    evaluation = {"every": 100, "suites": {"heldout": {"problems": 2}}}
     world = small_world(sft={**SFT, "stop": {"accuracy": 0.5, "every": 1}}, evaluation=evaluation)
     rollout = world.models["rollout-0"]
     world.run(lambda: world.core.state.version == 3 and world.core.state.evaluation.round is None)

@@ -163,7 +163,9 @@ def test_any_order_of_messages_keeps_the_bound_and_completes(
 def test_any_history_of_losses_crashes_and_failures_keeps_the_bound_and_completes(
     tmp_path: Path, seed: int, bound: int, rollouts: int, evaluated: bool
 ) -> None:
-    tables: dict[str, object] = {"evaluation": {"dataset": "heldout", "problems": 4, "every": 2}} if evaluated else {}
+    tables: dict[str, object] = (
+        {"evaluation": {"every": 2, "suites": {"heldout": {"problems": 4}}}} if evaluated else {}
+    )
     world = wander(
         seed,
         ALL,

@@ -10,11 +10,11 @@ from tests.unit.controller.world import World, recipe, small_world
 
 
 def of(world: World, liveness: Liveness | None = None) -> dict[str, object]:
-    return status(world.core.state, liveness or Liveness(10.0), {"attempt": 2}, 50.0)
+    return status(world.core.state, world.core.recipe, liveness or Liveness(10.0), {"attempt": 2}, 50.0)
 
 
 def test_a_status_is_plain_and_travels() -> None:
-    world = small_world(evaluation={"dataset": "heldout", "problems": 3})
+    world = small_world(evaluation={"suites": {"heldout": {"problems": 3}}})
     world.deliver()
     run = of(world)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(run)) == run
@@ -49,3 +49,34 @@ def test_groups_are_counted_by_where_they_are() -> None:
     world.finish(slow)
     world.deliver()
     assert of(world)["groups"] == {"leased": 7, "reported": 1}
+
+
+def test_the_stage_in_force_is_told_with_its_batches() -> None:
+    world = small_world()
+    run = of(World(recipe()))
+    assert (run["stage"], run["batch"], run["batches"]) == ("train", 0, 3)
+    world.deliver()
+    run = of(world)
+    assert (run["stage"], run["batch"], run["batches"]) == ("over", None, None)
+
+
+def test_meshes_are_listed_live_and_revoked() -> None:
+    world = small_world()
+    world.run(lambda: bool(world.core.state.meshes.meshes))
+    (mesh,) = of(world)["meshes"]  # type: ignore[misc]
+    assert (mesh["epoch"], mesh["purpose"], mesh["members"]) == (1, "weights", ["policy-0", "rollout-0"])
+    world.deliver()
+    world.lose("rollout-0")
+    states = [mesh["state"] for mesh in of(world)["meshes"]]  # type: ignore[attr-defined]
+    assert states[-1] == "revoked"
+
+
+def test_the_time_that_replicas_tell_of_is_passed_on_by_kind_of_work() -> None:
+    world = World(recipe())
+    world.join("rollout-0", "rollout")
+    world.deliver()
+    liveness = Liveness(10.0)
+    liveness.hear(("rollout-0", 1, 0), 49.0)
+    liveness.note(("rollout-0", 1, 0), "generating", 5, {"generating": 3.0, "judging": 0.5, "encoding": 0.25})
+    (replica,) = of(world, liveness)["replicas"]  # type: ignore[misc]
+    assert replica["seconds"] == {"generate": 3.0, "reward": 0.5, "other": 0.25}

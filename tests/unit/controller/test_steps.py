@@ -264,3 +264,14 @@ def test_every_committed_step_leaves_one_line_of_metrics() -> None:
     ]
     assert all(line["loss"] == 1.0 and line["reward_trained"] == 0.5 for line in world.metrics)
     assert len([effect for effect in world.effects if isinstance(effect, RecordMetrics)]) == 6
+
+
+def test_a_line_of_metrics_has_lengths_advantages_queues_and_the_last_sync() -> None:
+    world = small_world()
+    world.deliver()
+    line = world.metrics[-1]
+    assert line["response_length_max"] >= line["response_length"] > 0  # type: ignore[operator]
+    assert abs(line["advantage_mean"]) < 1e-9  # type: ignore[arg-type]
+    assert line["advantage_std"] > 0 and line["reward_std"] > 0  # type: ignore[operator]
+    assert {"groups/queued", "groups/leased", "groups/reported", "tokens_per_s", "sync_bytes"} <= line.keys()
+    assert {"generate_seconds", "judge_seconds"} <= line.keys()

@@ -1,14 +1,32 @@
-"""Evaluation rounds: when one is due, opening it, closing it, and what follows from its verdict."""
+"""Evaluation rounds: when one is due, opening it, closing it, and what follows from its verdicts."""
 
 from __future__ import annotations
 
-from services.controller.core.evaluation import Round, Why
-from services.controller.core.outcome import Discarded, Evaluated, Issued, RecordEvaluation
+from services.controller.core.evaluation import Answer, Round, Tally, Verdict, Why
+from services.controller.core.ledger import Group
+from services.controller.core.outcome import Discarded, Evaluated, Issued, Judged, RecordEvaluation
 from services.controller.core.state import Turn
-from shared.messages import Sampling
+from shared.config.schema import SuiteTable
+from shared.intervals import wilson_interval
+from shared.messages import DatasetIdentity, Sampling
 
-Z95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
+
+def round_due(turn: Turn) -> Why | None:
+    """Why the run wants a verdict now; None when it doesn't."""
+    state, table = turn.state, turn.recipe.evaluation
+    if table is None or state.stages.name == "over":
+        return None
+    done = state.version - state.stages.began
+    known = state.evaluation.judged(state.lineage, state.version)
+    if state.stages.name == "sft":
+        rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
+        due = rule is not None and not state.stages.rule_met and done > 0 and done % rule.every == 0
+        return "rule" if due and not known else None
+    if state.stages.name == "closing":
+        return None if known else "last"
+    if done == 0:
+        return None if known else "first"
+    return "periodic" if state.version - _last_judged(turn) >= table.every else None
 
 
 def gating_round_due(turn: Turn) -> bool:
@@ -16,14 +34,14 @@ def gating_round_due(turn: Turn) -> bool:
 
     In a deterministic run every round is gating, so that the same versions are judged whoever is interrupted.
     """
-    why = _due(turn)
+    why = round_due(turn)
     return why is not None and (why != "periodic" or turn.recipe.run.deterministic)
 
 
 def open_round(turn: Turn) -> bool:
-    """Open the round that is due, on the newest version that the fleet holds."""
+    """Open the round that is due, on the newest version that the judges hold."""
     state, table = turn.state, turn.recipe.evaluation
-    why = _due(turn)
+    why = round_due(turn)
     if (
         table is None
         or why is None
@@ -32,21 +50,56 @@ def open_round(turn: Turn) -> bool:
         or state.stages.stopping
     ):
         return False
-    version = state.fleet.newest_ready("rollout", state.lineage)
+    version = state.fleet.newest_ready(turn.recipe.judge, state.lineage)
     if version is None or (why != "periodic" and version != state.version):
         return False
-    dataset = state.fleet.datasets.get(table.dataset)
     if why == "periodic" and version - _last_judged(turn) < table.every:
-        return False  # the engines are about to get newer weights
-    if dataset is None or state.evaluation.verdict_of(state.lineage, version) is not None:
+        return False  # the judges are about to get newer weights
+    datasets = {suite: state.fleet.datasets.get(table.dataset(suite)) for suite in table.suites}
+    if state.evaluation.judged(state.lineage, version):
         return False
-    rows = min(table.problems, dataset.length)
+    known = {suite: dataset for suite, dataset in datasets.items() if dataset is not None}
+    if len(known) < len(datasets):
+        return False
+    rows = {suite: min(table.suites[suite].problems, dataset.length) for suite, dataset in known.items()}
     state.evaluation.round = Round(state.lineage, version, state.stages.name, why, state.now, rows)
-    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=table.max_new_tokens)
-    for row in range(rows):
-        group = state.ledger.draw(state.lineage, "eval", dataset, 0, row, 1, greedy, state.hyperparameters.revision)
-        turn.fact(Issued(state.lineage, group.id, "eval", False))
+    for suite, dataset in known.items():
+        _draw_rows(turn, suite, table.suites[suite], dataset, rows[suite])
     return True
+
+
+def _draw_rows(turn: Turn, name: str, suite: SuiteTable, dataset: DatasetIdentity, rows: int) -> None:
+    state = turn.state
+    sampling = Sampling(suite.temperature, suite.top_p, suite.top_k, suite.max_new_tokens)
+    revision = state.hyperparameters.revision
+    for row in range(rows):
+        group = state.ledger.draw(state.lineage, "eval", dataset, 0, row, suite.samples, sampling, revision, suite=name)
+        turn.fact(Issued(state.lineage, group.id, "eval", False))
+
+
+def judge_rows(turn: Turn) -> bool:
+    """Take the rows that were answered into their round; a deterministic run waits until all are.
+
+    (There, a lost lease takes the whole round back with it: rows are answered alike only beside the same others.)
+    """
+    ledger = turn.state.ledger
+    reported = ledger.having("reported", "eval")
+    if turn.recipe.run.deterministic and (ledger.count("leased", "eval") or ledger.count("queued", "eval")):
+        return False
+    for group in reported:
+        _judge(turn, group)
+    return bool(reported)
+
+
+def _judge(turn: Turn, group: Group) -> None:
+    """A row of the open round was answered and scored: it is consumed by its evaluation."""
+    state, judged, table = turn.state, turn.state.evaluation.round, turn.recipe.evaluation
+    assert judged is not None and table is not None
+    bar = table.suites[group.suite].correct_at - 1e-9
+    correct = sum(score >= bar for score in group.rewards) / len(group.rewards)
+    judged.answer(group.suite, group.row, Answer(correct, group.category))
+    state.ledger.consume(group, state.lineage)
+    turn.fact(Judged(state.lineage, group.id, judged.version))
 
 
 def cancel_round(turn: Turn) -> bool:
@@ -54,7 +107,7 @@ def cancel_round(turn: Turn) -> bool:
     state, judged = turn.state, turn.state.evaluation.round
     if judged is None or state.version == judged.version:
         return False
-    if state.fleet.anyone_holds("rollout", judged.lineage, judged.version):
+    if state.fleet.anyone_holds(turn.recipe.judge, judged.lineage, judged.version):
         return False
     drop_round(turn, "round_cancelled")
     return True
@@ -70,60 +123,43 @@ def drop_round(turn: Turn, cause: str) -> None:
 
 
 def close_round(turn: Turn) -> bool:
-    """Every row is judged: record the verdict; a stage's stop rule may hold now."""
-    state, judged, table = turn.state, turn.state.evaluation.round, turn.recipe.evaluation
-    if judged is None or table is None or len(judged.scores) < judged.rows:
+    """Every row is judged: record the verdicts; a stage's stop rule may hold now."""
+    state, judged = turn.state, turn.state.evaluation.round
+    if judged is None or not judged.complete:
         return False
-    verdict = state.evaluation.close(table.correct_at)
     turn.progress()
-    turn.fact(Evaluated(verdict.lineage, verdict.version, verdict.n, verdict.correct, verdict.why))
-    turn.effect(
-        RecordEvaluation(
-            {
-                "suite": table.dataset,
-                "lineage": verdict.lineage,
-                "version": verdict.version,
-                "stage": verdict.stage,
-                "why": verdict.why,
-                "n": verdict.n,
-                "correct": verdict.correct,
-                "accuracy": verdict.accuracy,
-                "interval": list(wilson_interval(verdict.correct, verdict.n)),
-                "seconds": state.now - judged.began,
-            }
-        )
-    )
-    rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
-    asked = verdict.why == "rule" and verdict.stage == state.stages.name  # a later stage is not ended by this rule
-    if asked and rule is not None and verdict.accuracy >= rule.accuracy:
-        state.stages.rule_met = True
+    for verdict in state.evaluation.close():
+        turn.fact(Evaluated(verdict.lineage, verdict.version, verdict.suite, verdict.n, verdict.correct, verdict.why))
+        turn.effect(RecordEvaluation(_record(verdict, state.now - judged.began)))
+        rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
+        decides = verdict.why == "rule" and verdict.suite == turn.recipe.stop_suite
+        asked = decides and verdict.stage == state.stages.name  # a later stage is not ended by this rule
+        if asked and rule is not None and verdict.accuracy >= rule.accuracy:
+            state.stages.rule_met = True
     return True
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): lower and upper bound."""
-    share, z2 = correct / n, Z95 * Z95
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    spread = Z95 / (1 + z2 / n) * (share * (1 - share) / n + z2 / (4 * n * n)) ** 0.5
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+def _record(verdict: Verdict, seconds: float) -> dict[str, object]:
+    """The verdict's file in eval/."""
+    return {
+        "suite": verdict.suite,
+        "lineage": verdict.lineage,
+        "version": verdict.version,
+        "stage": verdict.stage,
+        "why": verdict.why,
+        **_figures(verdict),
+        "by_category": {name: _figures(tally) for name, tally in verdict.categories.items()},
+        "seconds": seconds,
+    }
 
 
-def _due(turn: Turn) -> Why | None:
-    """Why the run wants a verdict now; None when it doesn't."""
-    state, table = turn.state, turn.recipe.evaluation
-    if table is None or state.stages.name == "over":
-        return None
-    done = state.version - state.stages.began
-    known = state.evaluation.verdict_of(state.lineage, state.version) is not None
-    if state.stages.name == "sft":
-        rule = turn.recipe.sft.stop if turn.recipe.sft is not None else None
-        due = rule is not None and not state.stages.rule_met and done > 0 and done % rule.every == 0
-        return "rule" if due and not known else None
-    if state.stages.name == "closing":
-        return None if known else "last"
-    if done == 0:
-        return None if known else "first"
-    return "periodic" if state.version - _last_judged(turn) >= table.every else None
+def _figures(of: Verdict | Tally) -> dict[str, object]:
+    return {
+        "n": of.n,
+        "correct": of.correct,
+        "accuracy": of.correct / of.n,
+        "interval": list(wilson_interval(of.correct, of.n)),
+    }
 
 
 def _last_judged(turn: Turn) -> int:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from heapq import heapify, heappop, heapreplace
 
+from services.controller.core.evaluation import Answer
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
 from services.controller.core.outcome import Discarded, Issued, Leased, Requeued
 from services.controller.core.state import Turn
 from shared.data.order import permuted_row
-from shared.messages import Grant, LeaseRef, Purpose, RevokeLease, Sampling
+from shared.messages import Grant, LeaseRef, Purpose, RevokeLease, Role, Sampling
 
 ATTEMPTS = 5
 """Leases of one group before it is given up: a row that takes its replica down must not take the fleet down."""
+NOT_JUDGED = "not judged"
+"""Category of the rows that nobody could judge, in a suite that is split by category."""
 AHEAD = 2
 """Sequences leased per engine slot: enough that a freed slot never waits for the controller."""
 SFT_AHEAD = 2
@@ -44,24 +47,24 @@ def lease_groups(turn: Turn) -> bool:
     return leased
 
 
-def _takers(turn: Turn) -> list[Replica]:
-    """Ready rollouts with room, by name; the others are struck off the list of the hungry."""
+def _takers(turn: Turn, role: Role) -> list[Replica]:
+    """Ready replicas of a role with room, by name; whoever has none is struck off the list of the hungry."""
     state = turn.state
     if turn.recipe.run.deterministic:
-        return state.fleet.ready("rollout")  # a wave asks for no room
+        return state.fleet.ready(role)  # a wave asks for no room
     found = []
     for name in sorted(state.ledger.hungry):
         replica = state.fleet.replicas[name]
-        if replica.role == "rollout" and replica.state == "ready" and replica.confirmed and _room(turn, replica) > 0:
-            found.append(replica)
-        else:
+        if replica.state != "ready" or not replica.confirmed or replica.role == "policy" or _room(turn, replica) <= 0:
             del state.ledger.hungry[name]
+        elif replica.role == role:
+            found.append(replica)
     return found
 
 
 def _lease_evenly(turn: Turn, newest: int, samples: int) -> bool:
     """One group after the other, each to the replica that has the least to do of those that may take it."""
-    takers = _takers(turn)
+    takers = _takers(turn, "rollout")
     held = {replica.position for replica in takers if replica.position is not None}
     free = {position for position in held if _slot_is_free(turn, position.version)}
     heap = [(_running(turn, replica), replica.name) for replica in takers if replica.position in free]
@@ -104,7 +107,7 @@ def _limit(turn: Turn, version: int) -> int:
 def _admitted(turn: Turn, purpose: Purpose) -> int:
     """Groups of the stage that were trained, hold a slot or run; queued ones are yet to be admitted."""
     ledger = turn.state.ledger
-    return turn.trained() + ledger.accepted_and_running(purpose) - ledger.count("queued", purpose)
+    return turn.trained() + ledger.accepted_and_running(purpose)
 
 
 def _lease_training(turn: Turn, replica: Replica, purpose: Purpose, samples: int, limit: int, most: int | None) -> bool:
@@ -126,12 +129,14 @@ def _lease_evaluation(turn: Turn) -> bool:
     state, judged = turn.state, turn.state.evaluation.round
     if judged is None or not state.ledger.count("queued", "eval"):
         return False
-    judges = [replica for replica in _takers(turn) if _may_judge(turn, replica)]
+    judges = [replica for replica in _takers(turn, turn.recipe.judge) if _may_judge(turn, replica)]
+    queued = state.ledger.having("queued", "eval")
     room = {replica.name: _room(turn, replica) for replica in judges}
     if turn.recipe.run.deterministic:
-        room = {replica.name: judged.rows for replica in judges}  # all in one message
+        samples = sum(group.samples for group in queued)
+        room = {replica.name: samples for replica in judges}  # all in one message
     leased = False
-    for group in state.ledger.having("queued", "eval"):
+    for group in queued:
         name = min(room, key=lambda name: (-room[name], name), default="")
         if not name or room[name] <= 0:
             break
@@ -194,6 +199,7 @@ def grant(turn: Turn, group: Group) -> Grant:
         revision=group.revision,
         version=group.version,
         deadline_s=max(group.deadline - turn.state.now, 0.0),
+        suite=group.suite,
     )
 
 
@@ -204,8 +210,8 @@ def give_back(turn: Turn, group: Group, cause: str) -> None:
     """
     state = turn.state
     again = [group]
-    if turn.recipe.run.deterministic and group.purpose == "train":
-        wave = [*state.ledger.having("leased", "train"), *state.ledger.having("reported", "train")]
+    if turn.recipe.run.deterministic and group.purpose != "sft":
+        wave = [*state.ledger.having("leased", group.purpose), *state.ledger.having("reported", group.purpose)]
         again = [g for g in wave if g.wave == group.wave and (g.state == "leased" or not g.kept)]
     for each in again:
         if each.attempt >= ATTEMPTS and each is group:
@@ -217,6 +223,17 @@ def give_back(turn: Turn, group: Group, cause: str) -> None:
         _revoke(turn, lessee, incarnation, each, cause)
 
 
+def prolong_wave(turn: Turn, answered: Group) -> None:
+    """The groups of a wave are answered one after the other: the lease of those that remain begins anew.
+
+    Else a replica too slow for a whole wave within `timeouts.lease_s` would be given the same wave for ever.
+    """
+    state = turn.state
+    for group in state.ledger.having("leased", answered.purpose):
+        if group.wave == answered.wave:
+            group.deadline = state.now + turn.recipe.timeouts.lease_s
+
+
 def end_group(turn: Turn, group: Group, cause: str) -> None:
     """Discard an unconsumed group; an evaluation row that can't be judged counts as wrong."""
     state = turn.state
@@ -224,7 +241,9 @@ def end_group(turn: Turn, group: Group, cause: str) -> None:
     state.ledger.discard(group, state.lineage, cause)
     turn.fact(Discarded(state.lineage, group.id, cause))
     if group.purpose == "eval" and state.evaluation.round is not None:
-        state.evaluation.round.scores[group.row] = 0.0
+        table = turn.recipe.evaluation
+        split = table is not None and table.suites[group.suite].category is not None
+        state.evaluation.round.answer(group.suite, group.row, Answer(0.0, NOT_JUDGED if split else ""))
     _revoke(turn, lessee, group.incarnation, group, cause)
 
 
@@ -240,10 +259,13 @@ def _running(turn: Turn, replica: Replica) -> int:
 
 def _room(turn: Turn, replica: Replica) -> int:
     """Sequences that a replica may still be leased."""
-    return turn.recipe.rollout.slots * AHEAD - _running(turn, replica)
+    table = turn.recipe.evaluator if replica.role == "evaluator" else turn.recipe.rollout
+    return table.slots * AHEAD - _running(turn, replica)
 
 
 def _wave_under_way(turn: Turn) -> bool:
-    """Whether a deterministic run has training or judging under way or about to begin."""
+    """Whether a deterministic run has work for its rollout under way or about to begin."""
     count = turn.state.ledger.count
+    if turn.recipe.judge != "rollout":
+        return count("leased", "train") > 0
     return count("leased", "train") + count("leased", "eval") + count("queued", "eval") > 0

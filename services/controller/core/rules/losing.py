@@ -76,10 +76,9 @@ def _roll_back(turn: Turn) -> None:
     state.steps.pending, state.steps.unsettled = redo, []
     state.steps.batch, state.steps.step = None, None
     state.stages.go_back(position.version)
-    mesh = state.meshes.of("weights")
-    if mesh is not None:
+    for mesh in list(state.meshes.meshes.values()):
         revoke_mesh(turn, mesh.epoch, "rollback", failed=False)
-    for replica in state.fleet.live("rollout"):
-        if replica.state == "ready":
+    for replica in state.fleet.live():
+        if replica.role != "policy" and replica.state == "ready":
             state.fleet.move(replica, "stale", state.now)
     turn.fact(RolledBack(before, position.lineage, position.version, position.step, len(redo)))

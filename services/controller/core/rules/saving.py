@@ -47,7 +47,7 @@ def close_run(turn: Turn) -> bool:
     state = turn.state
     if state.stages.name != "closing" or state.stages.outcome or not _idle(turn):
         return False
-    judged = state.evaluation.verdict_of(state.lineage, state.version) is not None
+    judged = state.evaluation.judged(state.lineage, state.version)
     if turn.recipe.evaluation is not None and not judged:
         return False
     export = turn.recipe.checkpoint.export and not state.lineages.exported
@@ -106,8 +106,7 @@ def checkpoint_saved(turn: Turn, position: Position, path: str) -> None:
         state.steps.unsettled.remove(batch)
     turn.progress()
     turn.fact(Settled(position.lineage, position.version, position.step, path, settled))
-    first = state.ledger.first_segment()
-    turn.effect(FreeSpool(first if first is not None else -1))
+    turn.effect(FreeSpool(state.ledger.first_segment()))
 
 
 def checkpoint_failed(turn: Turn, cause: str) -> None:

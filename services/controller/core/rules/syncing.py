@@ -9,25 +9,52 @@ from __future__ import annotations
 from services.controller.core.fleet import Replica
 from services.controller.core.meshes import Mesh
 from services.controller.core.outcome import ForgetMesh, MintMeshId, Synced
-from services.controller.core.rules.judging import gating_round_due
+from services.controller.core.rules.judging import gating_round_due, round_due
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.state import Turn
 from services.controller.core.weights import Transfer
-from shared.messages import MeshMember, RevokeMesh
+from shared.messages import MeshMember, RevokeMesh, Role
 
 
 def sync_weights(turn: Turn) -> bool:
-    """Start the transfer that is due, or the mesh that it needs."""
+    """Start the transfer that is due, or the mesh that it needs: evaluators, which want few versions, before rollouts.
+
+    One transfer is under way at a time; the mesh of the others may form beside it.
+    """
     state = turn.state
-    if state.weights.transfer is not None or state.stages.outcome or not _at_rest(turn):
+    if state.stages.outcome or not _at_rest(turn):
         return False
-    if state.stages.name == "sft" and not gating_round_due(turn):
-        return False  # nobody samples while worked answers are learnt: engines need weights only to be judged
-    mesh, judged = state.meshes.of("weights"), state.evaluation.round
-    if (mesh is not None and mesh.state != "formed") or (judged is not None and judged.version != state.version):
+    if turn.recipe.judge == "rollout":
+        return _rollouts_are_due(turn) and _sync(turn, "rollout")
+    synced = _evaluators_are_due(turn) and _sync(turn, "evaluator")
+    return (_rollouts_are_due(turn) and _sync(turn, "rollout")) or synced
+
+
+def _rollouts_are_due(turn: Turn) -> bool:
+    """Rollouts get every version, as soon as they may hold another one."""
+    state, judge = turn.state, turn.recipe.judge == "rollout"
+    if state.stages.name == "sft":  # nobody samples while worked answers are learnt: weights serve judging only
+        return judge and gating_round_due(turn) and not _round_on_older_weights(turn)
+    return not _round_on_older_weights(turn) if judge else state.stages.name == "train"
+
+
+def _evaluators_are_due(turn: Turn) -> bool:
+    """Evaluators get the version that is to be judged, and no other one before they have judged it."""
+    return not _round_on_older_weights(turn) and round_due(turn) is not None
+
+
+def _round_on_older_weights(turn: Turn) -> bool:
+    judged = turn.state.evaluation.round
+    return judged is not None and judged.version != turn.state.version
+
+
+def _sync(turn: Turn, role: Role) -> bool:
+    """Start the transfer to those of a role that are behind, or the mesh that it needs."""
+    state, mesh = turn.state, turn.state.meshes.of("weights", role)
+    if state.weights.transfer is not None or (mesh is not None and mesh.state != "formed"):
         return False
     source = next((r for r in state.fleet.ready("policy") if r.position == state.lineages.committed), None)
-    wanted = state.fleet.behind(state.lineages.committed) if source is not None else []
+    wanted = state.fleet.behind(role, state.lineages.committed) if source is not None else []
     if source is None or not wanted:
         return False
     members = [_member(replica) for replica in (source, *wanted)]
@@ -36,9 +63,10 @@ def sync_weights(turn: Turn) -> bool:
         return True
     if mesh is not None:
         revoke_mesh(turn, mesh.epoch, "membership changed", failed=False)
-    if state.now < state.meshes.not_before:
+    if not state.meshes.may_begin(role, state.now):
         return False
-    begun = state.meshes.begin("weights", turn.recipe.weights.backend, members, state.now + turn.recipe.timeouts.mesh_s)
+    until = state.now + turn.recipe.timeouts.mesh_s
+    begun = state.meshes.begin("weights", role, turn.recipe.weights.backend, members, until)
     turn.effect(MintMeshId(begun.epoch, begun.backend))
     return True
 
@@ -51,10 +79,21 @@ def revoke_mesh(turn: Turn, epoch: int, cause: str, *, failed: bool) -> None:
         return
     turn.effect(ForgetMesh(epoch))
     if state.weights.transfer is not None and state.weights.transfer.epoch == epoch:
+        _doubt(turn, state.weights.transfer)
         state.weights.transfer = None
     for member in mesh.members:
         if state.fleet.is_current(member.replica, member.incarnation):
             turn.send(state.fleet.replicas[member.replica], RevokeMesh(epoch, cause))
+
+
+def _doubt(turn: Turn, transfer: Transfer) -> None:
+    """A transfer is given up: receivers that were not judged may have swapped in what they had got."""
+    fleet = turn.state.fleet
+    for replica in (fleet.replicas[name] for name in transfer.receivers):
+        if replica.live and replica.position != transfer.position:
+            replica.doubtful = True
+            if replica.role == "evaluator" and replica.state == "ready":
+                fleet.move(replica, "stale", turn.state.now)
 
 
 def weights_sent(turn: Turn, digest: str, size: int) -> None:
@@ -95,6 +134,11 @@ def _compare(turn: Turn, transfer: Transfer, names: list[str]) -> None:
                 if group.state == "leased":
                     give_back(turn, group, f"{name} holds weights with a wrong digest")
             continue
+        if replica.doubtful:
+            before = replica.position.version if replica.position is not None else -1
+            for group in state.ledger.held_by(name):
+                group.newest_allowed = before if group.newest_allowed is None else group.newest_allowed
+            replica.doubtful = False
         state.fleet.hold(replica, transfer.position)
         if replica.state == "stale":
             state.fleet.move(replica, "ready", state.now)

@@ -7,6 +7,8 @@ none is left (the commit rule checks exactly that).
 
 from __future__ import annotations
 
+import math
+
 from services.controller.core.advantages import all_equal, group_advantages
 from services.controller.core.events import Spooled
 from services.controller.core.fleet import Replica
@@ -273,24 +275,45 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
         "batch": batch.version - state.stages.began + 1,
         "revision": step.revision,
         "response_length": sum(lengths) / len(lengths),
+        "response_length_max": max(lengths),
         "truncated": sum(group.truncated for group in groups) / len(lengths),
         "tokens": step.tokens,
         "samples_per_s": step.sequences / elapsed,
+        "tokens_per_s": step.tokens / elapsed,
         "step_seconds": state.now - step.began,
         "sync_seconds": state.weights.last_seconds,
+        "sync_bytes": state.weights.last_bytes,
     }
+    line |= {f"groups/{kind}": state.ledger.count(kind, batch.stage) for kind in WAITING}
     if batch.stage == "train":
         of_all, of_batch = state.ledger.take_reward(), sum(rewards) / len(rewards)
         line |= {"reward": of_batch if of_all is None else of_all, "reward_trained": of_batch}
         stale = [batch.version - group.oldest for group in groups]
         line |= {"staleness_max": max(stale), "staleness_mean": sum(stale) / len(stale)}
-        for part in groups[0].parts:
-            values = [value for group in groups for value in group.parts.get(part, [])]
-            line[f"reward/{part}"] = sum(values) / max(len(values), 1)
+        line |= {"reward_std": _deviation(rewards), **_advantage_figures(turn, groups)}
+        line["generate_seconds"] = sum(group.seconds for group in groups) / len(groups)
+        line["judge_seconds"] = sum(group.judge_seconds for group in groups) / len(groups)
+        causes = state.ledger.book(state.lineage).discarded
+        line |= {f"discarded/{cause}": count for cause, count in sorted(causes.items())}
+        for part in dict.fromkeys(name for group in groups for name in group.parts):
+            # of all samples: a number that a function named for some of them only is 0 in the others
+            line[f"reward/{part}"] = sum(sum(group.parts.get(part, ())) for group in groups) / len(rewards)
     for name in sorted({name for metrics in step.metrics.values() for name in metrics}):
         values = [metrics[name] for metrics in step.metrics.values() if name in metrics]
         line[name] = sum(values) / len(values)
     return line
+
+
+def _advantage_figures(turn: Turn, groups: list[Group]) -> dict[str, float]:
+    kind = turn.recipe.train.advantage if turn.recipe.train is not None else "group_norm"
+    values = [value for group in groups for value in group_advantages(group.rewards, kind)]
+    return {"advantage_mean": math.fsum(values) / len(values), "advantage_std": _deviation(values)}
+
+
+def _deviation(values: list[float]) -> float:
+    """Population standard deviation."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
 def _share(groups: list[Group], members: list[Replica]) -> dict[str, list[int]]:

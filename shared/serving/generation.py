@@ -1,7 +1,7 @@
 """Prompt groups in flight: from a granted lease to n finished samples.
 
-Owned by the rollout service's loop; stands between the leases that the controller grants and the engine that answers
-prompts. Invariant: a known attempt is one group here, which leaves exactly once - finished, or revoked.
+Owned by the loop of an `EngineService`; stands between the leases that the controller grants and the engine that
+answers prompts. Invariant: a known attempt is one group here, which leaves exactly once - finished, or revoked.
 
 In a deterministic run the grants of one `Lease` message are one unit: submitted together, in order, once the unit
 before has left the engine, so that the engine's batches are composed alike in every run.

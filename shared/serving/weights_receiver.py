@@ -1,6 +1,6 @@
 """Receives weights beside the generation loop: transfers run on a thread, into staged memory, in the order asked for.
 
-Owned by the rollout service's loop, which takes what has arrived between two decode steps. Invariant: nothing here
+Owned by the loop of an `EngineService`, which takes what has arrived between two decode steps. Invariant: nothing here
 touches the model; a transfer that failed leaves the weights in use as they are.
 """
 

@@ -1,0 +1,370 @@
+"""A replica with an engine: one loop over the bus, the engine, the judging and the weights that arrive.
+
+    controller --Lease--> generation --finished group--> judging --scores--> GroupReport --> controller
+    policy --mesh--> weights receiver --staged--> engine (between two decode steps)
+
+Each turn of the loop takes what the bus brought, swaps in weights that have arrived, advances the engine by one decode
+step, and reports what was judged; with nothing to do it sleeps in `receive`. Invariant: every grant that was taken is
+answered once - by a report, or by a return with its cause - unless the controller took it back itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shared.arrays import Frame
+from shared.bus import BusClient, BusError, Delivery, Fenced
+from shared.config import Recipe
+from shared.data.dataset import DataError, Dataset
+from shared.engines.base import Engine, EngineError
+from shared.engines.load import load_engine
+from shared.mesh.membership import MeshMembership
+from shared.messages import (
+    AnyMessage,
+    Drain,
+    FormMesh,
+    Grant,
+    GroupReport,
+    Lease,
+    LeaseRef,
+    LeaseReturned,
+    LoadState,
+    MeshMember,
+    Position,
+    ReceiveWeights,
+    Refused,
+    Registered,
+    ReplicaFailed,
+    RevokeLease,
+    RevokeMesh,
+    Shutdown,
+    StateLoaded,
+    WeightsFailed,
+    WeightsLoaded,
+)
+from shared.models import ModelError
+from shared.rewards.score import Score
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED
+from shared.serving.generation import Cause, Generation, GrantRejected, Group
+from shared.serving.judge import Judge, JudgedGroup
+from shared.serving.samples import SampleLog, completion_text
+from shared.serving.weights_receiver import Arrived, WeightsReceiver
+from shared.telemetry import get_logger
+from shared.weights import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MEGABYTE = 1 << 20
+IDLE_S = 0.25
+"""Sleep in `receive` with nothing to do; a signal or a judge that broke is noticed after at most this."""
+BUSY_S = 0.005
+"""Wait for verdicts, or for weights, before looking at the bus again, when the engine has nothing to do."""
+REMEMBERED = 4096
+"""Answered attempts that are remembered, so that a repeated lease on one is ignored."""
+
+LoadEngine = Callable[[Recipe], "tuple[Engine, PreTrainedTokenizerBase]"]
+MakeReport = Callable[[Group, Sequence[Score]], tuple[GroupReport, list[Frame]]]
+
+
+class EngineService:
+    """One replica of one rank. `datasets` are those that leases may name; `judge` scores what is generated.
+
+    `report` makes the message of a scored group, and its frames. Errors of the kinds in `fatal` end the run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_folder: Path,
+        replica: str,
+        client: BusClient,
+        datasets: Mapping[str, Dataset],
+        judge: Judge,
+        report: MakeReport,
+        *,
+        load: LoadEngine = load_engine,
+        fatal: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self._recipe = recipe
+        self._client = client
+        self._datasets = datasets
+        self._load = load
+        self._report = report
+        self._fatal: tuple[type[Exception], ...] = (ModelError, DataError, EngineError, *fatal)
+        self._log = get_logger()
+        self._samples = SampleLog(run_folder, replica)
+        self._judging = judge
+        self._meshes = MeshMembership(
+            MeshMember(replica, client.incarnation, 0),
+            client.request,
+            self._tell,
+            interface=recipe.weights.interface,
+            operation_timeout_s=recipe.timeouts.transfer_s,
+        )
+        self._generation: Generation | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._receiver: WeightsReceiver | None = None
+        self._weights: WeightsLoaded | None = None
+        self._answered: OrderedDict[LeaseRef, None] = OrderedDict()
+        self._drain_until: float | None = None
+        self._stop = False
+        self._code: int | None = None
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            Registered: self._registered,
+            Refused: self._refused,
+            LoadState: self._load_state,
+            Lease: self._lease,
+            RevokeLease: self._revoke_lease,
+            FormMesh: self._meshes.form,
+            RevokeMesh: self._meshes.revoke,
+            ReceiveWeights: self._receive_weights,
+            Drain: self._drain,
+            Shutdown: self._shutdown,
+        }
+
+    def run(self) -> int:
+        """Serve until the run is over; returns the exit code of the process."""
+        try:
+            while self._code is None:
+                self.turn()
+            return self._code
+        except Fenced as error:
+            self._log.warning("fenced: a newer process has this replica's name", why=str(error))
+            return EXIT_FENCED
+        except self._fatal as error:
+            return self.give_up(error)
+        finally:
+            self._meshes.close("this replica leaves")
+            if self._receiver is not None:
+                self._receiver.close()
+            self._samples.close()
+
+    def give_up(self, error: Exception) -> int:
+        """Tell the controller that no restart will mend this; returns the exit code."""
+        self._log.error("this replica cannot go on", why=str(error))
+        self._client.send(ReplicaFailed(str(error), fatal=True))
+        return EXIT_FATAL
+
+    def stop(self) -> None:
+        """Hand everything back and leave after this turn; safe to call from a signal handler."""
+        self._stop = True
+
+    def turn(self) -> None:
+        """One turn of the loop: messages, weights, one decode step, verdicts. Sleeps only if there is nothing to do."""
+        generating = self._generation is not None and len(self._generation) > 0
+        receiving = self._receiver is not None and self._receiver.busy
+        waiting = generating or len(self._judging) > 0
+        state = "generating" if generating else "judging" if waiting else "receiving" if receiving else "waiting"
+        self._client.progress(state, self._generation.engine.stats().tokens if self._generation is not None else 0)
+        self._take_messages(0.0 if waiting else BUSY_S if receiving else IDLE_S)
+        if self._receiver is not None and (arrived := self._receiver.take()) is not None:
+            self._swap(arrived)
+        if self._generation is not None:
+            for group in self._generation.advance():
+                self._judging.submit(group, self._completions(group))
+        generating = self._generation is not None and len(self._generation) > 0
+        for judged in self._judging.collect(0.0 if generating else BUSY_S):
+            self._answer(judged)
+        self._leave_when_asked()
+
+    def _take_messages(self, wait_s: float) -> None:
+        delivery: Delivery | None = self._client.receive(wait_s)
+        while delivery is not None and self._code is None:
+            handler = self._handlers.get(type(delivery.message))
+            if handler is None:
+                name = type(delivery.message).__name__
+                self._log.warning("a message that this role does not handle was ignored", message=name)
+            else:
+                handler(delivery.message)
+            delivery = self._client.receive(0.0)
+
+    # --- the session ------------------------------------------------------------------------------------------------
+
+    def _registered(self, message: Registered) -> None:
+        standing = set(message.leases)
+        void = [group.ref for group in self._held() if group.ref not in standing]
+        self._forget(void)
+        self._log.info("registered again", term=self._client.term, incarnation=message.incarnation, void=len(void))
+
+    def _refused(self, message: Refused) -> None:
+        self._log.warning("the controller refused a message", **msgspec.structs.asdict(message))
+
+    def _drain(self, message: Drain) -> None:
+        if self._drain_until is None:
+            self._log.info("draining", why=message.cause, groups=len(self._held()))
+            self._drain_until = time.monotonic() + self._recipe.timeouts.exit_s
+
+    def _shutdown(self, message: Shutdown) -> None:
+        self._log.info("the run is over", why=message.cause)
+        self._code = EXIT_DONE
+
+    def _leave_when_asked(self) -> None:
+        """After a drain, leave once nothing is in hand or the time is up; after `stop`, at once."""
+        drained = self._drain_until is not None and (not self._held() or time.monotonic() >= self._drain_until)
+        if self._code is None and (self._stop or drained):
+            held = self._held()
+            for group in held:
+                self._return(group.grant, "handed_back", "this replica leaves")
+            self._log.info("leaving", handed_back=len(held))
+            self._code = EXIT_DONE
+
+    def _tell(self, message: AnyMessage) -> None:
+        """Send from a mesh's thread, which has no caller: an end of the bus is this loop's business."""
+        try:
+            self._client.send(message)
+        except BusError as error:
+            self._log.warning("a message could not be sent", message=type(message).__name__, why=str(error))
+
+    # --- model and weights ------------------------------------------------------------------------------------------
+
+    def _load_state(self, message: LoadState) -> None:
+        if self._generation is None:
+            self._client.progress("loading", 0)
+            started = time.perf_counter()
+            engine, self._tokenizer = self._load(self._recipe)
+            deterministic = self._recipe.run.deterministic
+            self._generation = Generation(engine, self._tokenizer, self._datasets, deterministic=deterministic)
+            bucket_bytes = self._recipe.weights.bucket_mb * MEGABYTE
+            self._receiver = WeightsReceiver(self._meshes, engine.manifest, bucket_bytes)
+            self._log.info("engine ready", engine=self._recipe.rollout.engine, seconds=_since(started))
+        self._client.send(StateLoaded(message.position))
+
+    def _receive_weights(self, message: ReceiveWeights) -> None:
+        if self._receiver is None:
+            self._client.send(WeightsFailed(message.epoch, message.position, "expected LoadState before any weights"))
+        elif self._weights is not None and (self._weights.epoch, self._weights.position) == (
+            message.epoch,
+            message.position,
+        ):
+            self._client.send(self._weights)
+        else:
+            self._receiver.receive(message)
+
+    def _swap(self, arrived: Arrived) -> None:
+        """Put weights that have arrived into the engine; what is in flight goes on with them."""
+        message, started = arrived.message, time.perf_counter()
+        assert self._generation is not None
+        cause = arrived.cause
+        if arrived.staged is not None:
+            engine = self._generation.engine
+            self._client.progress("swapping", engine.stats().tokens)
+            engine.pause()
+            try:
+                engine.update(arrived.staged.tensors, message.position.version)
+            except (EngineError, WeightsError) as error:
+                cause = str(error)
+            engine.resume()
+        if arrived.staged is None or cause:
+            self._log.warning("weights not loaded", version=message.position.version, epoch=message.epoch, why=cause)
+            self._client.send(WeightsFailed(message.epoch, message.position, cause))
+            return
+        seconds = arrived.seconds + time.perf_counter() - started
+        self._weights = WeightsLoaded(message.epoch, message.position, arrived.staged.digest, seconds)
+        self._client.hold(message.position)
+        for group in self._held():
+            if group.grant.lineage != message.position.lineage:
+                self._return(group.grant, "handed_back", f"weights of lineage {message.position.lineage} were loaded")
+        self._client.send(self._weights)
+        self._log.info(
+            "weights loaded",
+            lineage=message.position.lineage,
+            version=message.position.version,
+            digest=arrived.staged.digest,
+            seconds=round(seconds, 3),
+            in_flight=len(self._generation),
+        )
+
+    # --- leases -----------------------------------------------------------------------------------------------------
+
+    def _lease(self, message: Lease) -> None:
+        groups: list[Group] = []
+        known = {group.ref for group in self._held()} | self._answered.keys()
+        for grant in message.grants:
+            ref = LeaseRef(grant.group, grant.attempt)
+            if ref in known:
+                continue
+            self._client.take_lease(ref)
+            try:
+                groups.append(self._taken(grant))
+            except GrantRejected as rejected:
+                self._return(grant, rejected.cause, str(rejected))
+        if groups and self._generation is not None:
+            self._generation.start(groups)
+
+    def _taken(self, grant: Grant) -> Group:
+        """The grant as a group ready to be generated. Raises `GrantRejected`."""
+        position: Position | None = self._weights.position if self._weights is not None else None
+        if self._generation is None or position is None:
+            raise GrantRejected("handed_back", "this replica has no weights yet")
+        if self._stop or self._drain_until is not None:
+            raise GrantRejected("handed_back", "this replica leaves")
+        if grant.lineage != position.lineage or grant.version > position.version:
+            wanted = f"lineage {grant.lineage}, version {grant.version} or newer"
+            raise GrantRejected("handed_back", f"expected to hold {wanted}, but this replica holds {position}")
+        return self._generation.prepare(grant)
+
+    def _revoke_lease(self, message: RevokeLease) -> None:
+        self._log.info("leases revoked", count=len(message.leases), why=message.cause)
+        self._forget(message.leases)
+
+    def _completions(self, group: Group) -> list[str]:
+        assert self._tokenizer is not None
+        return [completion_text(self._tokenizer, s.tokens, s.truncated) for s in group.finished()]
+
+    def _answer(self, judged: JudgedGroup) -> None:
+        group = judged.group
+        if judged.error:
+            self._return(group.grant, "reward_failed", judged.error)
+            return
+        report, frames = self._report(group, judged.scores)
+        self._client.send(msgspec.structs.replace(report, category=self._category(group.grant)), frames)
+        self._remember(group.ref)
+        assert self._tokenizer is not None
+        prompt = str(self._tokenizer.decode(group.prompt, skip_special_tokens=False))
+        self._samples.write(group, prompt, judged.completions, judged.scores)
+
+    def _category(self, grant: Grant) -> str:
+        """The value that a held-out row has in its suite's category column; "" for other rows."""
+        evaluation = self._recipe.evaluation
+        suite = evaluation.suites.get(grant.suite) if evaluation is not None else None
+        if suite is None or suite.category is None:
+            return ""
+        return self._datasets[grant.dataset].category(grant.row, suite.category)
+
+    def _return(self, grant: Grant, cause: Cause, detail: str) -> None:
+        ref = LeaseRef(grant.group, grant.attempt)
+        if cause != "handed_back":
+            self._log.warning("a group was given up", group=grant.group, cause=cause, why=detail)
+        self._client.send(LeaseReturned(grant.group, grant.attempt, grant.lineage, cause, detail))
+        self._forget([ref])
+        self._remember(ref)
+
+    def _held(self) -> list[Group]:
+        generating = self._generation.groups if self._generation is not None else []
+        return [*generating, *self._judging.groups]
+
+    def _forget(self, refs: Iterable[LeaseRef]) -> None:
+        refs = list(refs)
+        if self._generation is not None:
+            self._generation.revoke(refs)
+        self._judging.revoke(refs)
+        for ref in refs:
+            self._client.drop_lease(ref)
+
+    def _remember(self, ref: LeaseRef) -> None:
+        """The attempt is answered: `Register` names it until the answer is acknowledged, and no longer."""
+        self._client.drop_lease(ref)
+        self._answered[ref] = None
+        while len(self._answered) > REMEMBERED:
+            self._answered.popitem(last=False)
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 3)
