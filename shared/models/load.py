@@ -28,6 +28,7 @@ from shared.models.tokenizer import build_tokenizer
 
 ATTENTION = "sdpa"
 INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes; what the safetensors library reads at most
 
 
 def load_tokenizer(model: ModelTable) -> PreTrainedTokenizerBase:
@@ -63,10 +64,21 @@ def load_config(model: ModelTable) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as error:
+        if not Path(path).is_dir():
+            raise ModelError(
+                f"model.path {path!r}: expected a folder here, or a model on the hub or in its cache, got "
+                f"{_first_line(error)}; check the name and the network, or give a folder ('orrery model' makes one)"
+            ) from error
         raise ModelError(
             f"model.path {path!r}: expected the configuration of a causal LM, got {_first_line(error)}; "
             f"check config.json; a model with code of its own wants model.trust_remote_code = true"
         ) from error
+
+
+def check_weights(model: ModelTable) -> None:
+    """ModelError if the weights in the model's folder are not whole; what is not a folder is not looked at."""
+    if model.path is not None and Path(model.path).expanduser().is_dir():
+        _checked_path(model, weights=True)
 
 
 def load_model(model: ModelTable, seed: int, *, weights: bool) -> PreTrainedModel:
@@ -152,6 +164,25 @@ def _check_shards(folder: Path, path: str) -> None:
             f"model.path {path!r}: expected weights in *.safetensors, found {_listing(folder)}; "
             f"finish the download, or convert the weights to safetensors (pickled .bin files are not read)"
         )
+    for file in sorted(folder.glob("*.safetensors")):
+        size, wanted = file.stat().st_size, _whole_size(file)
+        if size != wanted:
+            raise ModelError(
+                f"model.path {path!r}: expected {file.name} of {wanted} bytes, found {size}; "
+                f"the download did not finish: run it again"
+            )
+
+
+def _whole_size(file: Path) -> int:
+    """The bytes that a safetensors file has, by its own header (8 bytes of length, JSON, tensors); 8 without one."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, MAX_HEADER)))
+        except ValueError:
+            return 8 + length
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0)
 
 
 def _listing(folder: Path) -> str:
