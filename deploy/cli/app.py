@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
-from deploy.cli import audit, console, logs, run, status
+from deploy.cli import audit, config, console, doctor, eval, logs, mesh, model, report, run, samples, status
 from deploy.cli.runs import RunNotFoundError
-from deploy.local.folder import RunBusyError
-from shared.config import RecipeError
 
 app = typer.Typer(
     help="Post-train language models with services that survive anything.",
@@ -22,12 +21,30 @@ app.command("down")(run.down)
 app.command("status")(status.status)
 app.command("logs")(logs.logs)
 app.command("audit")(audit.audit)
+app.command("samples")(samples.samples)
+app.command("eval")(eval.evaluate)
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
+app.command("model")(model.model)
+app.add_typer(config.app, name="config")
+app.add_typer(mesh.app, name="mesh")
 
 
 def main() -> None:
     """The console script `orrery`."""
     try:
         app()
-    except (RecipeError, RunNotFoundError, RunBusyError, FileExistsError) as error:
-        console.error(str(error))
-        sys.exit(2)
+    except (RunNotFoundError, FileExistsError) as error:
+        _leave(error)
+    except Exception as error:
+        from deploy.local.folder import RunBusyError, RunFolderError
+        from shared.config import RecipeError
+
+        if not isinstance(error, RecipeError | RunBusyError | RunFolderError):
+            raise
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    console.error(str(error))
+    sys.exit(2)

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from deploy.local.folder import newest_run
-
 RUNS = Path("runs")
 RunArgument = Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's folder or id (default: runs/latest)")]
 
@@ -19,6 +17,8 @@ class RunNotFoundError(Exception):
 
 def find_run(run: str | None) -> Path:
     """The folder of `run` (a path, or an id below runs/; None: the newest); RunNotFoundError with what there is."""
+    from deploy.local.folder import newest_run
+
     if run is None:
         newest = newest_run(RUNS)
         if newest is None:

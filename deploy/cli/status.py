@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 
 from deploy.cli import console
 from deploy.cli.runs import RunArgument, find_run
-from deploy.local import holder
-from shared.messages import Status, StatusRequest
 
 _ASK_S = 3.0
 
 
-def status(run: RunArgument = None) -> None:
+def status(
+    run: RunArgument = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="go on showing it until the run ends or Ctrl-C")] = False,
+) -> None:
     """Show what a run is doing."""
+    from deploy.cli.live.sources import ask_controller
+    from deploy.local import holder
+
     folder = find_run(run)
+    if watch:
+        from deploy.cli.live.watch import watch as watch_run
+
+        watch_run(folder)
+        return
     owner = holder(folder)
     console.out.print(f"[bold]{folder.name}[/]  {f'supervised by process {owner}' if owner else 'not running'}")
-    answer = _ask_controller(folder)
+    answer = ask_controller(folder, _ASK_S)
     if answer is not None:
-        _show(answer.run, 1)
+        _show(answer, 1)
         return
     if owner:
         console.note("its controller does not answer; from its journal:")
@@ -29,20 +39,6 @@ def status(run: RunArgument = None) -> None:
 
     for line in audit_run(folder).lines():
         console.out.print(line, markup=False)
-
-
-def _ask_controller(folder: Path) -> Status | None:
-    from shared.bus import BusError, ask
-
-    try:
-        address = (folder / "controller.address").read_text(encoding="utf-8").split()[0]
-    except (OSError, IndexError):
-        return None
-    try:
-        answer = ask(address, StatusRequest(), _ASK_S)
-    except BusError:
-        return None
-    return answer if isinstance(answer, Status) else None
 
 
 def _show(value: object, depth: int) -> None:
@@ -67,4 +63,6 @@ def _flat(value: object) -> str:
         return "  ".join(f"{key} {_flat(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_flat, value)) or "none"
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
