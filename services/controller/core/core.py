@@ -278,8 +278,7 @@ def _take_report(turn: Turn, report: GroupReport, spooled: Spooled | None) -> No
         return
     state.ledger.report(group, report, spooled)
     turn.fact(Reported(group.id, group.attempt, group.oldest, group.newest))
-    if turn.recipe.run.deterministic:
-        leasing.prolong_wave(turn, group)
+    state.ledger.prolong(group, state.now + turn.recipe.timeouts.lease_s)
 
 
 def _checked_version(turn: Turn, group: Group) -> int:

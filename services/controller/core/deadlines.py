@@ -23,7 +23,7 @@ def next_deadline(state: State, recipe: Recipe) -> float:
 def _moments(state: State, recipe: Recipe) -> Iterator[float]:
     yield state.progressed + recipe.timeouts.stall_s
     for purpose in PURPOSES:
-        group = state.ledger.first("leased", purpose)  # all leases last equally long
+        group = state.ledger.first("leased", purpose)  # shelves are in order of deadlines
         if group is not None:
             yield group.deadline
     for replica in state.fleet.live():

@@ -127,7 +127,7 @@ class Ledger(msgspec.Struct):
         return len(self.shelves.get(f"{state} {purpose}", ()))
 
     def first(self, state: GroupState, purpose: Purpose) -> Group | None:
-        """The group that has been in this state for longest."""
+        """The group that comes first on its shelf: of the leased ones, that whose lease ends first."""
         shelf = self.shelves.get(f"{state} {purpose}")
         return self.groups[next(iter(shelf))] if shelf else None
 
@@ -237,6 +237,20 @@ class Ledger(msgspec.Struct):
         """The group joins a batch."""
         self._expect(group, "reported")
         self._move(group, "assigned")
+
+    def prolong(self, answered: Group, until: float) -> None:
+        """The lessee of `answered` is at work: what it was leased since has waited behind it, and has until `until`.
+
+        What was leased before `answered` keeps its deadline, so that a lease that was forgotten ends even if others
+        are answered all the time. `until` is never below a deadline given before: shelves stay in order of deadlines.
+        """
+        for number in self.lessees.get(answered.replica, ()):
+            group = self.groups[number]
+            if group.leased_at >= answered.leased_at:
+                group.deadline = until
+                shelf = self.shelves[f"leased {group.purpose}"]
+                del shelf[number]
+                shelf[number] = None
 
     def consume(self, group: Group, lineage: int) -> None:
         """Its batch committed (or, for an evaluation, it was judged and leaves the ledger)."""

@@ -235,3 +235,31 @@ def test_rows_are_drawn_in_a_permutation_each_once_an_epoch() -> None:
     assert len(set(rows)) == len(rows) == 12
     assert rows != sorted(rows)
     assert len(world.of(Issued)) == 12
+
+
+def _leased(ledger: Ledger, at: float, replica: str = "rollout-0") -> Group:
+    group = ledger.draw(1, "train", DATASET, 0, ledger.next_id, 2, SAMPLING, 7)
+    ledger.lease(group, replica, 1, 0, at, at + 10.0)
+    return group
+
+
+def test_an_answer_prolongs_what_its_lessee_was_leased_with_it_and_since() -> None:
+    ledger = Ledger(seed=1)
+    first, second, third = _leased(ledger, 1.0), _leased(ledger, 5.0), _leased(ledger, 5.0)
+    later, another = _leased(ledger, 6.0), _leased(ledger, 5.0, "rollout-1")
+    ledger.report(second, a_report(second), PLACE)
+    ledger.prolong(second, 19.0)
+    deadlines = [group.deadline for group in (first, third, later, another)]
+    assert deadlines == [11.0, 19.0, 19.0, 15.0], "a lease that was overtaken still runs out"
+
+
+def test_the_lease_that_ends_first_is_found_after_others_were_prolonged() -> None:
+    ledger = Ledger(seed=1)
+    groups = [_leased(ledger, float(at), f"rollout-{at % 2}") for at in range(6)]
+    ledger.report(groups[0], a_report(groups[0]), PLACE)
+    ledger.prolong(groups[0], 16.0)
+    order = []
+    while (first := ledger.first("leased", "train")) is not None:
+        order.append(first.deadline)
+        ledger.requeue(first)
+    assert order == sorted(order) == [11.0, 13.0, 15.0, 16.0, 16.0]

@@ -223,17 +223,6 @@ def give_back(turn: Turn, group: Group, cause: str) -> None:
         _revoke(turn, lessee, incarnation, each, cause)
 
 
-def prolong_wave(turn: Turn, answered: Group) -> None:
-    """The groups of a wave are answered one after the other: the lease of those that remain begins anew.
-
-    Else a replica too slow for a whole wave within `timeouts.lease_s` would be given the same wave for ever.
-    """
-    state = turn.state
-    for group in state.ledger.having("leased", answered.purpose):
-        if group.wave == answered.wave:
-            group.deadline = state.now + turn.recipe.timeouts.lease_s
-
-
 def end_group(turn: Turn, group: Group, cause: str) -> None:
     """Discard an unconsumed group; an evaluation row that can't be judged counts as wrong."""
     state = turn.state
