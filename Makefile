@@ -11,7 +11,7 @@ JOBS ?= 2
 # longest time for each suite, in seconds; a suite that runs longer fails
 CHECK_BUDGET ?= 600
 UNIT_BUDGET ?= 300
-INTEGRATION_BUDGET ?= 900
+INTEGRATION_BUDGET ?= 1500
 SLOW_BUDGET ?= 1200
 BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, and the gradients in hand. Owned by the trainer, one for each stage.
+"""AdamW with its schedule, and the gradients in hand. Owned by the trainer, one for each stage.
 
 Invariant: float32 is what is optimised. A parameter of lower precision has a float32 master copy here, into which
 gradients are accumulated and from which the parameter is rounded after each step; small updates are never lost.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from shared.config.schema import OptimizerTable
+from shared.config.schema import OptimizerTable, TrainTable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,7 +26,8 @@ class Optimizer:
             for name, p in self._parameters.items()
         }
         self.steps = 0
-        self._warmup = table.warmup_steps
+        self._warmup, self._schedule = table.warmup_steps, table.schedule
+        self._planned = table.batches * (table.mu * table.minibatches if isinstance(table, TrainTable) else 1)
         decayed = [m for m in self._masters.values() if m.ndim >= 2]
         plain = [m for m in self._masters.values() if m.ndim < 2]
         groups = [
@@ -73,8 +74,12 @@ class Optimizer:
         return float(norm)
 
     def rate(self, lr: float) -> float:
-        """Learning rate of the next step: linear warm-up to the constant `lr`."""
-        return lr * min(1.0, (self.steps + 1) / self._warmup) if self._warmup else lr
+        """Learning rate of the next step: linear warm-up to `lr`, then `lr`, or a fall that ends with the last step."""
+        if self.steps < self._warmup:
+            return lr * (self.steps + 1) / self._warmup
+        if self._schedule == "constant":
+            return lr
+        return lr * max(0.0, (self._planned - self.steps) / max(1, self._planned - self._warmup))
 
     def step(self, lr: float, weight_decay: float) -> float:
         """Apply the gradients in hand and drop them; returns the learning rate used."""

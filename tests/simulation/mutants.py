@@ -183,17 +183,6 @@ MUTANTS = [
     ),
     # bugs that the simulator found in the product, put back
     Mutant(
-        "a registration is repeated when its session is over",
-        125,
-        (
-            (
-                "shared/bus/session.py",
-                "return self.register(now) if self.phase is Phase.OPEN or over else []",
-                "return self.register(now) if self.phase is Phase.OPEN else []",
-            ),
-        ),
-    ),
-    Mutant(
         "weights of another lineage count as the same",
         41,
         (
