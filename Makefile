@@ -26,7 +26,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane bench-sync-loop bench-trl quickstart-table model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane bench-sync-loop bench-trl bench-shared-prompt quickstart-table model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-sync-loop: $(STAMP) ## samples a second beside a synchronous loop written 
 
 bench-trl: $(STAMP) $(TRL_STAMP) ## samples a second and accuracy beside TRL's GRPOTrainer, in .venv-trl (benchmarks/results/)
 	@timeout --foreground --signal=INT --kill-after=30 $(BENCH_BUDGET) $(BIN)/python -m benchmarks.trl_compare $(ARGS)
+
+bench-shared-prompt: $(STAMP) ## a training step with shared prompts beside one row a sample (benchmarks/results/)
+	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.shared_prompt $(ARGS)
 
 quickstart-table: $(STAMP) ## the quickstart with three seeds on 500 unseen problems (benchmarks/results/)
 	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.quickstart_table $(ARGS)

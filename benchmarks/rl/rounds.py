@@ -129,7 +129,8 @@ def _rl_recipe(recipe: Path, start: Path, work: Path, batches: int, seed: int) -
     for table in ("sft", "evaluation", "evaluator"):
         tree.pop(table, None)
     tree["model"] = {"path": str(start)}
-    tree["train"] |= {"batches": batches, "filter_equal_rewards": False}
+    # the other ways keep a constant rate
+    tree["train"] |= {"batches": batches, "filter_equal_rewards": False, "schedule": "constant"}
     tree["run"] = {**tree.get("run", {}), "seed": seed}
     path = work / f"rl-{seed}.toml"
     path.write_text(tomlkit.dumps(tree), encoding="utf-8")

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
-from services.policy.batch import Frame, MicroBatch, micro_batches, sequences_of
+from services.policy.batch import Frame, MicroBatch, micro_batches, rows_of, sequences_of
 from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_logprobs, token_weights
 from services.policy.optimizer import Optimizer
 from services.policy.reduce import reduce_gradients, reduce_metrics
@@ -59,7 +60,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         recipe: Recipe,
         position: Position,
         meshes: Callable[[int], AbstractContextManager[Mesh]],
@@ -76,6 +77,7 @@ class Trainer:
         self._hand: Hand | None = None
         self._applied: tuple[CommitStep, StepApplied] | None = None
         self._device = next(model.parameters()).device
+        self._width = int(model.config.get_text_config().hidden_size)
 
     # --- the state machine ------------------------------------------------------------------------------------------
 
@@ -183,8 +185,9 @@ class Trainer:
 
     def _gradients(self, step: TrainStep, frames: Sequence[Frame]) -> tuple[dict[str, float], bool]:
         assert self.optimizer is not None
-        sequences = sequences_of(step, frames)
-        batches = micro_batches(sequences, self.recipe.policy.micro_batch_tokens, pad=0)
+        limit = self.recipe.policy.micro_batch_tokens
+        rows = rows_of(sequences_of(step, frames), limit, self._width)
+        batches = micro_batches(rows, limit, pad=0)
         self.optimizer.clear()
         totals = _Totals(_metric_names(step, self.reference is not None))
         for micro in batches:
@@ -242,7 +245,7 @@ class Trainer:
         """Log-probabilities and entropies [T] of the response tokens, under the model's own or a snapshot's weights."""
         inputs: dict[str, Any] = {
             "input_ids": micro.inputs,
-            "attention_mask": micro.attention,
+            "attention_mask": micro.mask(self.model.dtype),
             "position_ids": micro.positions,
             "logits_to_keep": micro.keep,
             "use_cache": False,

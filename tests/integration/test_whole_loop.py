@@ -31,7 +31,7 @@ SETS = (
     "train.mu=2",
     "train.filter_equal_rewards=false",
     "rollout.slots=16",
-    "evaluation.suites.sums.problems=20",
+    "evaluation.suites.heldout.problems=20",
     "evaluation.every=3",
     "checkpoint.every=4",
 )

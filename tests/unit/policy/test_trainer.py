@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 
+from services.policy.batch import Row, micro_batches, rows_of, sequences_of
 from services.policy.trainer import Trainer, TrainerError
 from shared.messages import CommitStep, GradientsReady, Position, StepApplied, TrainStep
 
@@ -60,8 +61,6 @@ def test_the_gradient_equals_that_of_a_plain_forward_pass_over_each_sequence(too
     vote = trainer.compute(step, frames)
     mine = tools.gradients(trainer)
     trainer.model.zero_grad()
-    from services.policy.batch import sequences_of
-
     loss = torch.zeros(())
     for s in sequences_of(step, frames):
         ids = torch.tensor([[*s.prompt.tolist(), *s.tokens.tolist()]])
@@ -74,6 +73,32 @@ def test_the_gradient_equals_that_of_a_plain_forward_pass_over_each_sequence(too
     assert vote.metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
     plain = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in trainer.model.named_parameters()}
     close(mine, plain)
+
+
+@pytest.mark.parametrize("limit", [1000, 30, 1], ids=["whole groups", "split groups", "one response a row"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_that_share_a_prompt_have_the_log_probs_and_gradients_of_separate_rows(
+    tools: Any, family: str, limit: int
+) -> None:
+    recipe = tools.recipe(family)
+    trainer = tools.trainer(recipe)
+    step, frames = tools.step(recipe, groups=3, samples=5, temperature=0.7)
+    rows = rows_of(sequences_of(step, frames), limit, 128)
+    assert len({len(row.prompt) for row in rows}) > 1
+    shared, separate = [], []
+    for micro in micro_batches(rows, limit, pad=0):
+        shared.append(trainer._logprobs(micro)[0])
+    coefficients = torch.linspace(-1.0, 1.0, step.tokens)
+    (torch.cat(shared) * coefficients).sum().backward()
+    gradients = tools.gradients(trainer)
+    trainer.model.zero_grad()
+    for s in (s for row in rows for s in row.responses):
+        ids = torch.tensor([[*s.prompt.tolist(), *s.tokens.tolist()]])
+        logits = trainer.model(input_ids=ids, use_cache=False).logits[0, len(s.prompt) - 1 : -1] / 0.7
+        separate.append(logits.log_softmax(-1).gather(-1, ids[0, len(s.prompt) :, None]).squeeze(-1))
+    torch.testing.assert_close(torch.cat(shared), torch.cat(separate), atol=1e-5, rtol=0)
+    (torch.cat(separate) * coefficients).sum().backward()
+    close(gradients, tools.gradients(trainer), 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,12 +120,11 @@ def test_grpo_raises_the_log_prob_of_better_samples_and_lowers_that_of_worse(too
     step, frames = tools.step(recipe, groups=1)
     group = msgspec.structs.replace(step.groups[0], advantages=[1.0, -1.0])
     step = msgspec.structs.replace(step, groups=[group])
-    from services.policy.batch import micro_batches, sequences_of
 
     def logprobs() -> dict[float, float]:
         found = {}
         for s in sequences_of(step, frames):
-            (micro,) = micro_batches([s], 1000, pad=0)
+            (micro,) = micro_batches([Row((s,))], 1000, pad=0)
             found[s.advantage] = trainer._logprobs(micro)[0].sum().item()
         return found
 
