@@ -68,7 +68,9 @@ def _try(found: Findings, what: str, check: Callable[[], str]) -> None:
         found.facts.append(f"{what} not looked at: {error.name} is not installed here")
     except Exception as error:  # files, generators and packages that are not ours
         text = str(error) or type(error).__name__
-        found.faults.append(text if what.partition(".")[2] in text or what in text else f"{what}: {text}")
+        fault = text if what.partition(".")[2] in text or what in text else f"{what}: {text}"
+        if fault not in found.faults:  # the model's look reads a row too
+            found.faults.append(fault)
 
 
 def _dataset(recipe: Recipe, name: str) -> str:

@@ -21,7 +21,7 @@ def report(run: RunArgument = None) -> None:
         raise typer.Exit(1)
 
 
-def summarise(run_folder: Path, code: int, why: str) -> None:
+def summarise(run_folder: Path, code: int, why: str = "") -> None:
     """What the run has come to, or why it failed; the report of one that began is made on the way."""
     from deploy.local import EXIT_INTERRUPTED
     from shared.service import EXIT_RECIPE

@@ -21,21 +21,35 @@ class RunBusyError(Exception):
     """Another supervisor owns this run."""
 
 
+class RunFolderError(Exception):
+    """A run folder cannot be made or written."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        got = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        super().__init__(
+            f"run folder {folder}: expected a folder that can be made and written, got {got}; mend its rights, free "
+            "space, or give another place with --run-folder or run.folder"
+        )
+
+
 def create_run(recipe: Recipe, folder: Path | None = None) -> Path:
     """A new run folder holding the resolved recipe as `config.toml`; `runs/latest` points to it from now on.
 
     Without `folder` it is `<run.folder>/<name>-<date>-<time>`, with a number added if that is taken. A given `folder`
-    must not hold a run already (FileExistsError).
+    must not hold a run already (FileExistsError). RunFolderError if it cannot be made.
     """
-    if folder is None:
-        folder = _unused(Path(recipe.run.folder), recipe.run.name)
-    elif (folder / "config.toml").exists():
+    if folder is not None and (folder / "config.toml").exists():
         raise FileExistsError(f"{folder} holds a run already: use 'orrery resume {folder}' or another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.toml.partial"
-    partial.write_text(dump_recipe(recipe), encoding="utf-8")
-    partial.replace(folder / "config.toml")
-    _point_latest(folder)
+    try:
+        if folder is None:
+            folder = _unused(Path(recipe.run.folder), recipe.run.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "config.toml.partial"
+        partial.write_text(dump_recipe(recipe), encoding="utf-8")
+        partial.replace(folder / "config.toml")
+        _point_latest(folder)
+    except OSError as error:
+        raise RunFolderError(folder or Path(recipe.run.folder), error) from error
     return folder
 
 
@@ -63,14 +77,17 @@ def holder(folder: Path) -> int | None:
 
 
 class RunLock:
-    """Ownership of a run for the length of a `with` block; RunBusyError if somebody else has it."""
+    """Ownership of a run for the length of a `with` block; RunBusyError if somebody else has it, or RunFolderError."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _LOCK
         self._descriptor = -1
 
     def __enter__(self) -> RunLock:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunFolderError(self._path.parent, error) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

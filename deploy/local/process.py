@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 from deploy.local.plan import ReplicaPlan
+from shared.telemetry import log_path
 
 
 class ChildProcess:
@@ -84,12 +86,30 @@ def describe_code(code: int) -> str:
     return f"exit code {code}" + (f" ({meaning})" if meaning else "")
 
 
-def tail(output: Path, lines: int = 15) -> str:
-    """The last lines of a replica's output, for an error message."""
+def last_words(run_folder: Path, plan: ReplicaPlan) -> str:
+    """Why a replica's newest process ended, for a person: its last error without the traceback, or what it printed."""
+    log = log_path(run_folder, plan.role, plan.replica)
+    for text in reversed(_tail(log)):
+        try:
+            line = json.loads(text)
+            event, level = line["event"], line["level"]
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short by a full disk
+        if event == f"{plan.role} starts":
+            break  # what lies before is of an earlier process
+        if level in ("error", "critical"):
+            raised = str(line.get("exception", "")).strip().splitlines()
+            return str(line.get("why") or (f"{event}: {raised[-1]}" if raised else event))
+    printed = _tail(run_folder / "logs" / f"{plan.replica}.out")
+    return "\n".join(printed[-1:] if any("Traceback" in line for line in printed) else printed[-5:])
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a file that are not empty; none if it cannot be read."""
     try:
-        with output.open("rb") as file:
-            file.seek(max(0, output.stat().st_size - 16384))
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
             text = file.read().decode(errors="replace")
     except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-lines:])
+        return []
+    return [line for line in text.splitlines() if line.strip()]

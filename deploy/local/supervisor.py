@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local.plan import CONTROLLER, ReplicaPlan
-from deploy.local.process import ChildProcess, describe_code, tail
+from deploy.local.process import ChildProcess, describe_code, last_words
 from shared.messages import AnyMessage, ReplicaExited, StatusRequest, StopRun
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RECIPE
 
@@ -62,6 +62,8 @@ class _Outcome:
     code: int
     grace: bool = True
     """Whether processes may still end by themselves, as after a finished run."""
+    why: str = ""
+    """What went wrong, for a person."""
 
 
 class Supervisor:
@@ -78,7 +80,9 @@ class Supervisor:
         tell: Callable[[str], None],
         rules: RestartRules | None = None,
     ) -> None:
-        self._logs = run_folder / "logs"
+        self.why = ""
+        """What went wrong, in words for a person; known when `run` has returned, empty if nothing did."""
+        self._run_folder = run_folder
         self._metrics = run_folder / "metrics.jsonl"
         self._replicas = replicas
         self._address = address
@@ -101,6 +105,7 @@ class Supervisor:
             keeper.add_done_callback(self._on_keeper_end)
         try:
             outcome = await self._outcome
+            self.why = outcome.why
             # no restart from here on; the processes themselves go on for now
             await _cancel(keepers)
             await self._end_processes(outcome)
@@ -112,10 +117,15 @@ class Supervisor:
                 loop.remove_signal_handler(number)
         return outcome.code
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a graceful end was asked for, so that a second `stop` kills."""
+        return self._stopping is not None
+
     def stop(self) -> None:
         """First call: let the controller finish the step, checkpoint and shut everybody down. Second: kill at once."""
         if self._stopping is None and self._outcome is not None and not self._outcome.done():
-            self._tell("stopping after the batch in hand, with a checkpoint (once more to kill at once)")
+            self._tell("stopping after the batch in hand, with a checkpoint (Ctrl-C once more to kill at once)")
             self._stopping = asyncio.get_running_loop().create_task(self._stop_run())
         else:
             self._tell("killing all processes")
@@ -158,15 +168,14 @@ class Supervisor:
     def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
         """A supervisor that loses a keeper to an error must not wait for ever for an outcome."""
         if not keeper.cancelled() and (error := keeper.exception()):
-            self._tell(f"the supervisor failed: {error!r}")
-            self._settle(_Outcome(EXIT_GAVE_UP, grace=False))
+            self._settle(_Outcome(EXIT_GAVE_UP, grace=False, why=f"the supervisor failed: {error!r}"))
 
     def _start(self, plan: ReplicaPlan) -> ChildProcess | None:
         try:
             child = ChildProcess(plan, self._output(plan))
         except OSError as error:
-            self._tell(f"{plan.replica} cannot be started: {error} (command: {' '.join(plan.command)})")
-            self._settle(_Outcome(EXIT_GAVE_UP, grace=False))
+            why = f"{plan.replica} cannot be started: {error} (command: {' '.join(plan.command)})"
+            self._settle(_Outcome(EXIT_GAVE_UP, grace=False, why=why))
             return None
         self._children[plan.replica] = child
         return child
@@ -178,17 +187,18 @@ class Supervisor:
                 self._settle(_Outcome(EXIT_INTERRUPTED if self._stopping else EXIT_DONE))
             return True
         if code in (EXIT_RECIPE, EXIT_FATAL):
-            self._tell(f"{plan.replica} ended ({describe_code(code)}): the run stops\n{self._last_words(plan)}")
-            self._settle(_Outcome(code, grace=plan.role == CONTROLLER))
+            self._tell(f"{plan.replica} ended ({describe_code(code)}): the run stops")
+            self._settle(_Outcome(code, grace=plan.role == CONTROLLER, why=self._last_words(plan)))
             return True
         return False
 
     def _give_up(self, plan: ReplicaPlan, code: int) -> None:
-        self._tell(
+        self._tell(f"{plan.replica} ended again ({describe_code(code)}): giving up")
+        why = (
             f"{plan.replica} ended {self._rules.attempts + 1} times in a row without progress, last with "
-            f"{describe_code(code)}: giving up; once mended, 'orrery resume' goes on\n{self._last_words(plan)}"
+            f"{describe_code(code)}; its last words: {self._last_words(plan)}"
         )
-        self._settle(_Outcome(EXIT_GAVE_UP, grace=False))
+        self._settle(_Outcome(EXIT_GAVE_UP, grace=False, why=why))
 
     async def _report_exit(self, plan: ReplicaPlan, pid: int, code: int) -> None:
         """Tell the controller, so that nobody waits for this process's heartbeats."""
@@ -261,12 +271,10 @@ class Supervisor:
             return 0
 
     def _output(self, plan: ReplicaPlan) -> Path:
-        return self._logs / f"{plan.replica}.out"
+        return self._run_folder / "logs" / f"{plan.replica}.out"
 
     def _last_words(self, plan: ReplicaPlan) -> str:
-        output = self._output(plan)
-        said = tail(output)
-        return f"--- end of {output}:\n{said}\n---" if said else f"(it said nothing in {output})"
+        return last_words(self._run_folder, plan) or f"nothing in {self._output(plan)}"
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None] | asyncio.Task[int]]) -> None:

@@ -14,6 +14,7 @@ from services.controller.journal import Journal
 from services.controller.outputs import Outputs
 from services.controller.recovery import DriftedJournal, open_run
 from services.controller.server import Controller
+from services.controller.shell import MessageTooLarge
 from services.controller.spool import Spool
 from shared.bus import BindRefused, RouterBus
 from shared.records import JOURNAL, SPOOL, JournalDamaged, SpoolDamaged
@@ -50,8 +51,12 @@ def main(arguments: ServiceArguments) -> int:
     except (JournalDamaged, DriftedJournal, SpoolDamaged) as error:
         log.error("the run's records cannot be used", why=str(error))
         return EXIT_FATAL
+    except MessageTooLarge as error:
+        log.error("a message is too large for the bus: the run can go on once it fits", why=str(error))
+        return EXIT_FATAL
     except OSError as error:
-        log.error("the run folder cannot be written: nothing acknowledged is lost, mend it and resume", why=str(error))
+        why = f"{error}; nothing acknowledged is lost: free space or mend the folder's rights, then resume"
+        log.error("the run folder cannot be written", why=f"the run folder {folder} cannot be written: {why}")
         return EXIT_FATAL
     finally:
         os.close(lock)
@@ -72,7 +77,8 @@ def _lock(folder: Path) -> int | None:
             return descriptor
         except BlockingIOError:
             if time.monotonic() > until:
-                log.error("another controller holds this run folder: end it, or use another one", folder=str(folder))
+                why = f"{folder} is used by another controller: end that ('orrery down'), or give another run folder"
+                log.error("the run folder is in use", why=why)
                 os.close(descriptor)
                 return None
             time.sleep(LOCK_S / 20)

@@ -50,7 +50,7 @@ from services.controller.outputs import Outputs
 from services.controller.rendezvous import Rendezvous
 from services.controller.spool import Spool
 from services.controller.status import status
-from shared.bus import Incoming
+from shared.bus import Incoming, WireFault
 from shared.config import RecipeError, check_changes, dump_recipe
 from shared.messages import (
     Accepted,
@@ -110,6 +110,17 @@ class Clock:
 
     wall: Callable[[], float]
     steady: Callable[[], float]
+
+
+class MessageTooLarge(Exception):
+    """A message for a replica is larger than the bus takes: no restart would make it smaller."""
+
+    def __init__(self, name: str, fault: WireFault) -> None:
+        super().__init__(
+            f"{name}: expected {fault.expected}, got {fault.got}; raise bus.max_message_mb, or lower the stage's "
+            "batch_size (train.batch_size, sft.batch_size), train.samples or rollout.max_new_tokens, in config.toml "
+            "of the run folder, then resume"
+        )
 
 
 @dataclass
@@ -326,10 +337,16 @@ class Shell:
             advice = "change only live fields, within their range"
             self._bus.reply(incoming, Refused("hyperparameter", str(error), str(message.changes), advice))
             return
-        self._step(HyperparametersRequested(at=self._now(), changes=changes, at_step=message.at_step))
-        pending = self._core.state.hyperparameters.pending
-        step = max((change.at_step for change in pending if change.changes == changes), default=0)
-        self._answer(incoming, Accepted(f"in force from step {step} on"))
+        hyperparameters = self._core.state.hyperparameters
+        if not hyperparameters.holds(changes, self._next_step(message.at_step)):  # a question is asked until answered
+            self._step(HyperparametersRequested(at=self._now(), changes=changes, at_step=message.at_step))
+        step = max((change.at_step for change in hyperparameters.pending if change.changes == changes), default=None)
+        self._answer(incoming, Accepted("in force already" if step is None else f"in force from step {step} on"))
+
+    def _next_step(self, wanted: int | None) -> int:
+        """The first step, from `wanted` on, that a change could still come into force with."""
+        state = self._core.state
+        return max(wanted or 0, state.lineages.committed.step + (state.steps.step is not None))
 
     def _take_exit(self, incoming: Incoming, message: ReplicaExited) -> None:
         replica = self._core.state.fleet.replicas.get(message.replica)
@@ -407,7 +424,12 @@ class Shell:
         frames: list[bytes | memoryview] = []
         for place in effect.payload:
             frames += self._spool.read(place)
-        self._bus.send(peer[1], effect.message, frames)
+        try:
+            self._bus.send(peer[1], effect.message, frames)
+        except WireFault as fault:
+            if fault.fault != "too_large":
+                raise
+            raise MessageTooLarge(type(effect.message).__name__, fault) from fault
 
     def _welcome(self, effect: Welcome) -> None:
         incoming = self._registers.pop((effect.replica, effect.rank, effect.nonce), None)

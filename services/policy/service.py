@@ -34,6 +34,7 @@ from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
 from shared.config import Recipe, dump_recipe
 from shared.data import open_dataset
 from shared.data.dataset import DataError, Dataset
+from shared.data.unusable import UnusableRows
 from shared.mesh import MeshError
 from shared.mesh.membership import MeshMembership
 from shared.messages import (
@@ -46,6 +47,7 @@ from shared.messages import (
     FormMesh,
     Lease,
     LeaseRef,
+    LeaseReturned,
     LoadState,
     MeshMember,
     Refused,
@@ -92,6 +94,7 @@ class PolicyService:
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: SftRows | None = None
+        self._unusable = UnusableRows()
         self._done = 0
         self._inbox: queue.Queue[Delivery | Exception] = queue.Queue(maxsize=INBOX)
         self._ended = threading.Event()
@@ -214,6 +217,11 @@ class PolicyService:
             answer, frames = self._rows.answer(grant)
             self._client.send(answer, frames)
             self._client.drop_lease(lease)
+            if isinstance(answer, LeaseReturned):
+                self._log.warning("a row was given up", group=grant.group, cause=answer.cause, why=answer.detail)
+                self._unusable.given_up(grant.purpose, grant.dataset, answer.detail)
+            else:
+                self._unusable.used(grant.purpose)
 
     def _revoke_lease(self, message: RevokeLease, _frames: Sequence[Frame]) -> None:
         # leases are answered in the order of messages, so all of these have been answered: their reports are refused

@@ -6,6 +6,7 @@ Durations end in `_s` and are seconds.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal, Self
 
@@ -104,13 +105,16 @@ class DataTable(Table):
 
 
 class OptimizerTable(Table):
-    """What both kinds of training share: AdamW with warm-up to a constant rate."""
+    """What both kinds of training share: AdamW with a schedule of its rate."""
 
     dataset: str = Field(description="name of a [data.NAME] table")
     batches: Positive = Field(description="batches to train; each makes one new weight version")
     batch_size: Positive = Field(description="prompt groups in a batch, over all replicas")
     lr: float = Field(gt=0, le=1, json_schema_extra=LIVE, description="AdamW learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="after warm-up: the same rate always, or one that falls to 0 at the stage's last batch"
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, json_schema_extra=LIVE)
     beta1: Share = 0.9
     beta2: Share = 0.95
@@ -389,6 +393,10 @@ class WeightsTable(Table):
     bucket_mb: Positive = Field(64, description="most megabytes in one broadcast")
 
 
+TOKEN_BYTES = 12
+"""A sampled token on its way to the policy: its id, its log-probability, the version that sampled it."""
+
+
 class BusTable(Table):
     """[bus]: the control plane."""
 
@@ -405,7 +413,10 @@ class TimeoutsTable(Table):
 
     register_s: Seconds = Field(60.0, description="a service waits for the controller's welcome")
     load_s: Seconds = Field(600.0, description="the controller waits for a model to load")
-    lease_s: Seconds = Field(120.0, description="the controller waits for a leased group")
+    lease_s: Seconds = Field(
+        120.0,
+        description="the controller waits for a leased group, counted anew when its replica answers an earlier one",
+    )
     step_s: Seconds = Field(300.0, description="the controller waits for gradients, and for a commit to be applied")
     checkpoint_s: Seconds = Field(300.0, description="the controller waits for a checkpoint")
     mesh_s: Seconds = Field(20.0, description="members wait for a process group to form")
@@ -458,6 +469,7 @@ class Recipe(Table):
         self._check_evaluation()
         if self.train is not None and self.train.batch_size % self.train.minibatches:
             raise ValueError("train.batch_size must be a multiple of train.minibatches")
+        self._check_step_size()
         for part in self.rewards.parts:
             if isinstance(part, LengthPart) and part.max_length - part.cache_length >= self.rollout.max_new_tokens:
                 raise ValueError(
@@ -472,6 +484,20 @@ class Recipe(Table):
             if self.judge == "evaluator" and self.evaluator.replicas != 1:
                 raise ValueError("run.deterministic wants evaluator.replicas = 1")
         return self
+
+    def _check_step_size(self) -> None:
+        """A step goes to the policy as one message."""
+        if self.train is None:
+            return
+        groups = self.train.batch_size // self.train.minibatches
+        needed = groups * self.train.samples * self.rollout.max_new_tokens * TOKEN_BYTES
+        if needed > self.bus.max_message_mb << 20:
+            raise ValueError(
+                f"a step's longest message ({groups} prompts x {self.train.samples} samples x "
+                f"{self.rollout.max_new_tokens} tokens x {TOKEN_BYTES} bytes = {math.ceil(needed / (1 << 20))} MB) is "
+                f"larger than bus.max_message_mb = {self.bus.max_message_mb}: raise that, raise train.minibatches, or "
+                "lower train.batch_size, train.samples or rollout.max_new_tokens"
+            )
 
     def _check_evaluation(self) -> None:
         stop = self.sft.stop if self.sft is not None else None

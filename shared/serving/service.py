@@ -22,6 +22,7 @@ from shared.arrays import Frame
 from shared.bus import BusClient, BusError, Delivery, Fenced
 from shared.config import Recipe
 from shared.data.dataset import DataError, Dataset
+from shared.data.unusable import UnusableRows
 from shared.engines.base import Engine, EngineError
 from shared.engines.load import load_engine
 from shared.mesh.membership import MeshMembership
@@ -109,6 +110,7 @@ class EngineService:
             operation_timeout_s=recipe.timeouts.transfer_s,
         )
         self._generation: Generation | None = None
+        self._unusable = UnusableRows()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._receiver: WeightsReceiver | None = None
         self._weights: WeightsLoaded | None = None
@@ -293,8 +295,11 @@ class EngineService:
             self._client.take_lease(ref)
             try:
                 groups.append(self._taken(grant))
+                self._unusable.used(grant.purpose)
             except GrantRejected as rejected:
                 self._return(grant, rejected.cause, str(rejected))
+                if rejected.cause != "handed_back":
+                    self._unusable.given_up(grant.purpose, grant.dataset, str(rejected))
         if groups and self._generation is not None:
             self._generation.start(groups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_reason(recipe: Path, n
     assert run.wait() == 3, run.story()
     assert run.audit().outcome == "failed"
     story = run.story()
-    assert "3 prompt groups in a row failed (rewards.failure_limit = 3)" in story
+    # more than three when several were judged at once
+    assert re.search(r"[3-9] prompt groups in a row failed \(rewards.failure_limit = 3\)", story), story
     assert "it raised ZeroDivisionError: division by zero (my_rewards.py, line 2)" in story
     assert run.all_gone(), story
 

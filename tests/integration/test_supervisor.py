@@ -41,6 +41,7 @@ class Scene:
     said: list[str] = field(default_factory=list)
     asked: list[AnyMessage] = field(default_factory=list)
     on_ask: Callable[[AnyMessage], None] = lambda _: None
+    why: str = ""
 
     def process(self, name: str, code: str) -> ReplicaPlan:
         role = name.rpartition("-")[0] or name
@@ -68,7 +69,10 @@ class Scene:
 
     def run(self, *replicas: ReplicaPlan, **deadlines: float) -> int:
         async def bounded() -> int:
-            return await asyncio.wait_for(self.supervisor(replicas, **deadlines).run(), timeout=20)
+            supervisor = self.supervisor(replicas, **deadlines)
+            code = await asyncio.wait_for(supervisor.run(), timeout=20)
+            self.why = supervisor.why
+            return code
 
         return asyncio.run(bounded())
 
@@ -127,15 +131,20 @@ def test_a_fatal_code_ends_the_run_and_is_the_runs_own(scene: Scene, code: int, 
     plans.append(scene.process(name, f"print('the disk is on fire'); sys.exit({code})"))
     assert scene.run(*plans, exit_s=0.3) == code
     assert scene.starts(name) == 1
-    assert "the disk is on fire" in "\n".join(scene.said)
+    assert "the disk is on fire" in scene.why
+    assert "the disk is on fire" not in "\n".join(scene.said), "it is shown once, at the end"
     assert children() == []
 
 
 def test_a_replica_that_never_gets_anywhere_is_given_up(scene: Scene) -> None:
-    code = scene.run(scene.process("controller", IDLE), scene.process("policy-0", "sys.exit(1)"), exit_s=0.3)
+    crash = "raise RuntimeError('no such luck')"
+    code = scene.run(scene.process("controller", IDLE), scene.process("policy-0", crash), exit_s=0.3)
     assert code == EXIT_GAVE_UP
     assert scene.starts("policy-0") == RULES.attempts + 1
     assert "giving up" in scene.said[-1]
+    assert f"ended {RULES.attempts + 1} times in a row" in scene.why
+    assert scene.why.endswith("RuntimeError: no such luck")
+    assert "Traceback" not in "\n".join([scene.why, *scene.said])
     assert children() == []
 
 
@@ -158,7 +167,7 @@ def test_the_controller_hears_at_once_that_a_process_ended(scene: Scene) -> None
 def test_a_command_that_cannot_be_started_ends_the_run_with_the_reason(scene: Scene) -> None:
     missing = ReplicaPlan("policy-0", "policy", ("/nowhere/python",))
     assert scene.run(scene.process("controller", IDLE), missing, exit_s=0.3) == EXIT_GAVE_UP
-    assert "/nowhere/python" in scene.said[0]
+    assert "/nowhere/python" in scene.why
 
 
 def test_leftovers_are_terminated_and_the_deaf_ones_killed(scene: Scene) -> None:

@@ -30,6 +30,14 @@ class Hyperparameters(msgspec.Struct):
         self.pending.append(PendingChange(at_step, dict(changes)))
         self.pending.sort(key=lambda change: change.at_step)
 
+    def holds(self, changes: dict[str, Scalar], step: int) -> bool:
+        """Whether these values will be in force at `step` without being asked for (again)."""
+        then = dict(self.values)
+        for change in self.pending:
+            if change.at_step <= step:
+                then.update(change.changes)
+        return all(then.get(name) == value for name, value in changes.items())
+
     def advance(self, step: int) -> list[dict[str, Scalar]]:
         """Bring into force what is due at `step`; each change makes one revision. The changes applied, in order."""
         applied = []

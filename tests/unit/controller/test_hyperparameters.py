@@ -24,6 +24,15 @@ def test_changes_come_into_force_in_the_order_of_their_steps_then_of_asking() ->
     assert (live.revision, live.pending) == (3, [])
 
 
+def test_what_will_hold_at_a_step_counts_what_is_pending_until_then() -> None:
+    live = Hyperparameters({"train.lr": 0.1, "train.kl_weight": 0.0})
+    live.request({"train.lr": 0.2}, 3)
+    assert live.holds({"train.lr": 0.1}, 2)
+    assert not live.holds({"train.lr": 0.2}, 2)
+    assert live.holds({"train.lr": 0.2, "train.kl_weight": 0.0}, 3)
+    assert not live.holds({"train.lr": 0.1}, 7)
+
+
 def test_a_change_at_once_is_in_force_from_the_next_step_and_not_in_the_one_in_hand() -> None:
     world = small_world(train={"batches": 4})
     policy = world.models["policy-0"]

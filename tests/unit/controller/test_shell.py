@@ -15,9 +15,9 @@ from services.controller.core.outcome import Gone
 from services.controller.journal import Journal
 from services.controller.outputs import Outputs
 from services.controller.recovery import DriftedJournal, open_run
-from services.controller.shell import Clock, Shell
+from services.controller.shell import Clock, MessageTooLarge, Shell
 from services.controller.spool import Spool
-from shared.bus import Incoming
+from shared.bus import Incoming, WireFault
 from shared.config import Recipe
 from shared.messages import (
     PROTOCOL,
@@ -390,6 +390,34 @@ def test_hyperparameters_are_checked_before_they_are_journaled(tmp_path: Path) -
     assert desk.journal.number == number
     assert desk.ask(SetHyperparameters({"train.lr": 5e-4}, 3)) == Accepted("in force from step 3 on")
     assert desk.journal.number == number + 1
+
+
+@pytest.mark.parametrize("at_step", [None, 3])
+def test_a_change_that_is_asked_for_again_is_journaled_once(tmp_path: Path, at_step: int | None) -> None:
+    desk = leasing_desk(tmp_path)
+    change = SetHyperparameters({"train.lr": 5e-4}, at_step)
+    answer, number = desk.ask(change), desk.journal.number
+    assert desk.ask(change) == answer
+    assert desk.journal.number == number
+    later = SetHyperparameters({"train.lr": 6e-4}, 9)
+    assert desk.ask(later) == desk.ask(later) == Accepted("in force from step 9 on")
+    assert desk.journal.number == number + 1
+    desk.core.state.hyperparameters.advance(3)  # the first has come into force before it was asked for again
+    assert desk.ask(change) == Accepted("in force already")
+    assert desk.journal.number == number + 1
+    assert desk.core.state.hyperparameters.revision == 1
+
+
+def test_a_message_that_the_bus_does_not_take_ends_the_term_by_name(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise WireFault("too_large", "at most 8 bytes in one message", "9 bytes", "send less")
+
+    desk.bus.send = refuse  # type: ignore[method-assign]
+    desk.bus.reply = lambda *_: None  # type: ignore[method-assign]
+    with pytest.raises(MessageTooLarge, match=r"LoadState: expected at most 8 bytes.*bus.max_message_mb.*batch_size"):
+        desk.register("policy-0")
 
 
 def test_a_change_is_answered_only_when_it_is_durable(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
 def test_a_cut_off_file_is_an_error(copy: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="expected safetensors weights of a causal LM"):
+    with pytest.raises(ModelError, match="bytes, found .* the download did not finish"):
         load_model(ModelTable(path=str(copy)), 0, weights=True)
 
 
