@@ -7,15 +7,13 @@ to schedule, to transfer, or to survive.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.rl.task import Task, process_began
+from benchmarks.rl.task import Task, process_began, run_loop
 from shared.models import load_model
 
 EPSILON = 1e-6
@@ -100,18 +98,5 @@ def train(task: Task, batches: int, out: Path) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Train, save, write outcome.json."""
-    parser = argparse.ArgumentParser(description="GRPO by hand: Hugging Face generate, one process.")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--batches", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    outcome = train(Task(given.recipe), given.batches, given.out)
-    (given.out / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run_loop(train, "GRPO by hand: Hugging Face generate, one process.")

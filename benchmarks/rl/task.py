@@ -6,11 +6,15 @@ samples and optimizer settings, and is judged on the same held-out problems, out
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from shared.config import Recipe, load_recipe
 from shared.config.schema import DataTable, ModelTable, TrainTable
@@ -104,3 +108,16 @@ def process_began() -> float:
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
     return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def run_loop(train: Callable[[Task, int, Path], dict[str, Any]], description: str) -> None:
+    """The command line of a loop in one process: train, save to `--out`, write `outcome.json` there."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--batches", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    outcome = train(Task(given.recipe), given.batches, given.out)
+    (given.out / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")

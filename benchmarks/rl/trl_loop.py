@@ -7,18 +7,15 @@ logging, saving) they are off.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.rl.task import Task, process_began
+from benchmarks.rl.task import Task, process_began, run_loop
 from shared.data.answers import extract_answer
 from shared.models import load_model
 
@@ -104,18 +101,5 @@ def train(task: Task, batches: int, out: Path) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Train, save, write outcome.json."""
-    parser = argparse.ArgumentParser(description="GRPO by TRL's trainer.")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--batches", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    outcome = train(Task(given.recipe), given.batches, given.out)
-    (given.out / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run_loop(train, "GRPO by TRL's trainer.")

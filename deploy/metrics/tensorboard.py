@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
 from deploy.metrics.figures import Line, Verdict, figures
 
 FLUSH_S = 5
@@ -22,6 +18,11 @@ class TensorBoardWriter:
     """Figures of each step, and verdicts at the step that made their version; a new lineage voids what it replaces."""
 
     def __init__(self, run_folder: Path) -> None:
+        # not above: the orrery command works, if without figures, where TensorBoard and its numpy are not installed
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._events, self._summaries = event_pb2, summary_pb2
         folder = run_folder / "tensorboard"
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
@@ -30,8 +31,8 @@ class TensorBoardWriter:
 
     def line(self, number: int, line: Line) -> None:
         if self._lineage is not None and line["lineage"] != self._lineage:
-            void = Event(step=line["step"], wall_time=line["time"], session_log=SessionLog(status=SessionLog.START))
-            self._writer.add_event(void)
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._writer.add_event(self._events.Event(step=line["step"], wall_time=line["time"], session_log=start))
         self._lineage = line["lineage"]
         self._scalars(line["step"], line["time"], figures(line))
 
@@ -42,5 +43,6 @@ class TensorBoardWriter:
         self._writer.close()
 
     def _scalars(self, step: int, at: float, values: Mapping[str, float]) -> None:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._writer.add_event(Event(step=step, wall_time=at, summary=summary))
+        value = self._summaries.Summary.Value
+        summary = self._summaries.Summary(value=[value(tag=tag, simple_value=it) for tag, it in values.items()])
+        self._writer.add_event(self._events.Event(step=step, wall_time=at, summary=summary))
