@@ -45,6 +45,13 @@ def test_the_newest_samples_are_shown_with_their_rewards(tmp_path: Path, orrery:
     assert "exact 0.8" in shown.output and "row 8 of sums" in shown.output and "answer 8.3" in shown.output
 
 
+def test_samples_show_the_question_and_its_reference_and_raw_the_whole_prompt(tmp_path: Path, orrery: Orrery) -> None:
+    run = str(make_run(tmp_path / "run"))
+    shown, raw = orrery("samples", run, "-n", "1").output, orrery("samples", run, "-n", "1", "--raw").output
+    assert "8+1" in shown and "reference: 9" in shown
+    assert "<ask>" not in shown and "<ask>8+1" in raw
+
+
 @pytest.mark.parametrize(("option", "rewards"), [("--best", ["1", "1", "1"]), ("--worst", ["0", "0", "0"])])
 def test_best_and_worst_are_sorted_by_reward(tmp_path: Path, orrery: Orrery, option: str, rewards: list[str]) -> None:
     shown = orrery("samples", str(make_run(tmp_path / "run")), option, "-n", "3")
