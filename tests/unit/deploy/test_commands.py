@@ -180,3 +180,13 @@ def test_help_loads_nothing_that_takes_long() -> None:
     )
     heavy = {"pydantic", "zmq", "torch", "numpy", "matplotlib", "structlog", "msgspec", "asyncio"}
     assert not heavy & set(loaded.stdout.split())
+
+
+def test_a_verdict_that_could_not_be_written_is_not_begun(tmp_path: Path, orrery: Orrery) -> None:
+    (tmp_path / "file").write_text("no folder")
+    shown = orrery("eval", "no-such-model", "--suite", "task:chain_sum", "--out", str(tmp_path / "file" / "verdict"))
+    assert shown.exit_code == 2
+    assert "--out" in shown.output and "give another path" in shown.output
+    out = tmp_path / "new" / "verdict.json"
+    assert "expected a suite" in orrery("eval", "no-such-model", "--out", str(out)).output
+    assert out.parent.is_dir() and not out.exists()
