@@ -124,7 +124,7 @@ class Weights(msgspec.Struct):
         self.waiting.get(role, {}).pop(name, None)
         self.resting[name] = role
 
-    def travelling_to(self, name: str, epochs: list[int]) -> bool:
-        """Whether weights are on their way to a replica, over one of the meshes that it is a member of."""
-        found = (self.edges.get(epoch) for epoch in epochs)
-        return any(edge is not None and edge.receiver == name and edge.position is not None for edge in found)
+    def travelling_to(self, name: str, held: Position | None, epochs: list[int]) -> bool:
+        """Whether other weights than it holds are on their way to a replica, over one of the meshes that it is in."""
+        edges = (self.edges.get(epoch) for epoch in epochs)
+        return any(edge is not None and edge.receiver == name and edge.position not in (None, held) for edge in edges)

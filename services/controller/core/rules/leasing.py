@@ -150,7 +150,7 @@ def _may_judge(turn: Turn, replica: Replica) -> bool:
     judged, held = turn.state.evaluation.round, replica.position
     if judged is None or held is None or (held.lineage, held.version) != (judged.lineage, judged.version):
         return False
-    return not turn.state.weights.travelling_to(replica.name, turn.state.meshes.epochs_of(replica.name))
+    return not turn.state.weights.travelling_to(replica.name, held, turn.state.meshes.epochs_of(replica.name))
 
 
 def _draw(turn: Turn, purpose: Purpose, samples: int) -> Group | None:
