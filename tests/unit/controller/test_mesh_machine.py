@@ -6,6 +6,7 @@ own says after each event which meshes live, who was told what, and how long the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -387,7 +388,7 @@ class MeshMachine(RuleBasedStateMachine):
     @invariant()
     def the_next_attempt_waits_as_long_as_the_failures_in_a_row_say(self) -> None:
         for kind in (*NAMES, "gradients"):
-            until = self.not_before.get(kind, 0.0)
+            until = self.not_before.get(kind, -math.inf)
             retry = self.core.state.meshes.retries.get(kind)
             assert (retry.failures if retry is not None else 0) == self.failures.get(kind, 0)
             for moment in (until - 0.1, until, self.now):
