@@ -349,7 +349,11 @@ class Checks:
         for edge in edges:
             mesh = state.meshes.meshes.get(edge.epoch)
             ends = [member.replica for member in mesh.members] if mesh is not None else []
-            if mesh is None or ends != [edge.source, edge.receiver] or (edge.position is None) == (mesh.state == "formed"):
+            if (
+                mesh is None
+                or ends != [edge.source, edge.receiver]
+                or (edge.position is None) == (mesh.state == "formed")
+            ):
                 self.broken(f"{edge} has the mesh {mesh}")
         target = (state.lineages.committed.lineage, state.lineages.committed.version)
         for role in ("rollout", "evaluator") if lists.target == target else ():

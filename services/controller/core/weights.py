@@ -4,7 +4,7 @@
 
 Every transfer is an *edge*: one source, one receiver, a mesh of the two; many are under way at a time. Whoever holds
 the version that is published, digest checked, may be the source of the next edges, so that a tree of relays grows by
-itself: from the policies, which stage a copy, over the receivers that are done. The first digest that a policy tells for
+itself: from the policies, which stage a copy, over the receivers that are done. The first digest that a policy tells of
 a position is the one that everybody is compared with, whoever they had it from.
 
 The transition that must not exist: transferring -> ready without a digest.
@@ -39,8 +39,8 @@ class Edge(msgspec.Struct):
 class Publication(msgspec.Struct):
     """A position that is, or was last, handed round since `began`: its true digest, and the bytes it has taken.
 
-    `complete`: everybody had it at the end of a turn; who gets it later opens its account anew. `suspects` are sources, by the receiver that loaded something else from them; `barred` are the sources among them
-    that another source has proven wrong.
+    `complete`: everybody had it at the end of a turn; who gets it later opens its account anew. `suspects` are sources,
+    by the receiver that loaded something else from them; `barred` are those that another source has proven wrong.
     """
 
     position: Position

@@ -1,4 +1,4 @@
-"""Weights: a replica is ready only with the digest of a policy, whoever it had them from; whoever is done serves others."""
+"""Weights: ready is only who holds what a policy told the digest of; whoever is done serves others."""
 
 from __future__ import annotations
 
@@ -351,7 +351,9 @@ def test_sync_figures_run_from_publishing_to_the_last_receiver_and_add_up_all_ed
     world.now = began + 102.0
     sent(world, to="rollout-3")
     loaded(world, name="rollout-3")
-    assert (weights.last_seconds, weights.last_bytes) == (pytest.approx(2.0, abs=0.1), 10), "who comes late has an account of its own"
+    assert (weights.last_seconds, weights.last_bytes) == (pytest.approx(2.0, abs=0.1), 10), (
+        "who comes late has an account of its own"
+    )
 
 
 def test_training_does_not_wait_for_a_transfer_that_it_does_not_need() -> None:
