@@ -1,7 +1,8 @@
 """Many replicas in one process: real sessions (`shared.bus.session`) over one DEALER each, without models or threads.
 
-They register, heartbeat, load, form meshes and take weights as ordered; what they are leased they keep until told to
-work.
+They register, heartbeat, load, form meshes, take weights and pass them on as ordered; what they are leased they keep
+until told to work.
+
 The parent steers the process with one JSON line on stdin for each question, answered by one line on stdout:
 
     {"do": "opened", "term": 1}               -> {"count": 250, "last": 12.5}       sessions; when the last one opened
@@ -38,8 +39,10 @@ from shared.messages import (
     LoadState,
     MeshFormed,
     ReceiveWeights,
+    SendWeights,
     StateLoaded,
     WeightsLoaded,
+    WeightsSent,
 )
 
 MAX_BYTES = 256 << 20
@@ -98,6 +101,8 @@ class Member:
                 self.say(MeshFormed(identity.epoch))
             case ReceiveWeights(epoch=epoch, position=position):
                 self.say(WeightsLoaded(epoch, position, DIGEST, 0.0))
+            case SendWeights(epoch=epoch, position=position):
+                self.say(WeightsSent(epoch, position, DIGEST, 0, 0.0))
             case Lease(grants=grants):
                 self.grants.extend(grants)
                 now = time.monotonic()

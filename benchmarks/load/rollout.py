@@ -13,9 +13,11 @@ from shared.messages import (
     LoadState,
     MeshFormed,
     ReceiveWeights,
+    SendWeights,
     Shutdown,
     StateLoaded,
     WeightsLoaded,
+    WeightsSent,
 )
 from shared.service import EXIT_DONE, ServiceArguments, run_service
 
@@ -38,6 +40,8 @@ def main(arguments: ServiceArguments) -> int:
                 bus.send(MeshFormed(identity.epoch))
             case ReceiveWeights(epoch=epoch, position=position):
                 bus.send(WeightsLoaded(epoch, position, DIGEST, 0.0))
+            case SendWeights(epoch=epoch, position=position):
+                bus.send(WeightsSent(epoch, position, DIGEST, 0, 0.0))
             case Lease(grants=grants):
                 for grant in grants:
                     bus.send(work.report(grant), work.payload)

@@ -7,6 +7,9 @@ from services.controller.core.state import State
 from services.controller.liveness import Liveness
 from shared.config import Recipe
 
+REVOKED_SHOWN = 16
+"""Meshes that were revoked last, in what a person is told."""
+
 
 def status(state: State, recipe: Recipe, liveness: Liveness, counters: dict[str, int], now: float) -> dict[str, object]:
     """What is going on. `now` is the monotonic clock that `liveness` uses."""
@@ -71,7 +74,8 @@ def _replica(state: State, liveness: Liveness, replica: Replica, now: float) -> 
 
 def _meshes(state: State) -> list[dict[str, object]]:
     """Live meshes, then those revoked last, whose purpose nobody remembers."""
-    transfer = state.weights.transfer
+    edges = state.weights.edges
+    travelling = {e: edge.position.version for e, edge in edges.items() if edge.position is not None}
     live: list[dict[str, object]] = [
         {
             "epoch": mesh.epoch,
@@ -80,9 +84,10 @@ def _meshes(state: State) -> list[dict[str, object]]:
             "state": mesh.state,
             "members": [member.replica for member in mesh.members],
             "formed": list(mesh.formed),
-            "transfer": transfer.position.version if transfer is not None and transfer.epoch == mesh.epoch else None,
+            "transfer": travelling.get(mesh.epoch),
         }
         for mesh in state.meshes.meshes.values()
     ]
-    revoked = [{"epoch": e, "state": "revoked", "members": names} for e, names in state.meshes.revoked.items()]
+    last = list(state.meshes.revoked.items())[-REVOKED_SHOWN:]
+    revoked = [{"epoch": epoch, "state": "revoked", "members": names} for epoch, names in last]
     return [*live, *revoked]

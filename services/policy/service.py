@@ -27,7 +27,6 @@ from services.policy import checkpoint
 from services.policy.batch import BatchError, Frame
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
-from services.policy.publish import Publisher
 from services.policy.sft_rows import SftRows
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
 from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
@@ -60,10 +59,13 @@ from shared.messages import (
     Shutdown,
     StateLoaded,
     TrainStep,
+    WeightsFailed,
 )
 from shared.models import ModelError, load_model, load_tokenizer
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, ServiceArguments
 from shared.telemetry import get_logger
+from shared.weights import stage
+from shared.weights.publisher import Publisher
 
 EXIT_RESTART = 1
 RECEIVE_S = 1.0  # how long the inbox thread may sleep before it looks whether the service has ended
@@ -266,7 +268,13 @@ class PolicyService:
     def _send_weights(self, message: SendWeights, _frames: Sequence[Frame]) -> None:
         trainer = self._loaded()
         trainer.adopt(message.position)
-        self._publisher.publish(message, trainer.model, trainer.position)
+        if self._publisher.offered != message.position:
+            if trainer.position != message.position:
+                cause = f"expected to hold {message.position}, but this replica holds {trainer.position}"
+                self._client.send(WeightsFailed(message.epoch, message.position, cause))
+                return
+            self._publisher.offer(message.position, stage(trainer.model))
+        self._publisher.publish(message)
 
     def _drain(self, message: Drain, _frames: Sequence[Frame]) -> int:
         self._log.info("drained", why=message.cause)  # leases are answered at once: nothing is to be handed back

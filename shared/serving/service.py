@@ -1,7 +1,8 @@
 """A replica with an engine: one loop over the bus, the engine, the judging and the weights that arrive.
 
     controller --Lease--> generation --finished group--> judging --scores--> GroupReport --> controller
-    policy --mesh--> weights receiver --staged--> engine (between two decode steps)
+    policy, or a replica that is done --mesh--> weights receiver --staged--> engine (between two decode steps)
+                                                                    `--> publisher --mesh--> the next replicas
 
 Each turn of the loop takes what the bus brought, swaps in weights that have arrived, advances the engine by one decode
 step, and reports what was judged; with nothing to do it sleeps in `receive`. Invariant: every grant that was taken is
@@ -44,6 +45,7 @@ from shared.messages import (
     ReplicaFailed,
     RevokeLease,
     RevokeMesh,
+    SendWeights,
     Shutdown,
     StateLoaded,
     WeightsFailed,
@@ -58,6 +60,7 @@ from shared.serving.samples import SampleLog, completion_text
 from shared.serving.weights_receiver import Arrived, WeightsReceiver
 from shared.telemetry import get_logger
 from shared.weights import WeightsError
+from shared.weights.publisher import Publisher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +112,7 @@ class EngineService:
             interface=recipe.weights.interface,
             operation_timeout_s=recipe.timeouts.transfer_s,
         )
+        self._publisher = Publisher(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._generation: Generation | None = None
         self._unusable = UnusableRows()
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -127,6 +131,7 @@ class EngineService:
             FormMesh: self._meshes.form,
             RevokeMesh: self._meshes.revoke,
             ReceiveWeights: self._receive_weights,
+            SendWeights: self._publisher.publish,
             Drain: self._drain,
             Shutdown: self._shutdown,
         }
@@ -143,6 +148,7 @@ class EngineService:
         except self._fatal as error:
             return self.give_up(error)
         finally:
+            self._publisher.close()
             self._meshes.close("this replica leaves")
             if self._receiver is not None:
                 self._receiver.close()
@@ -269,6 +275,7 @@ class EngineService:
             return
         seconds = arrived.seconds + time.perf_counter() - started
         self._weights = WeightsLoaded(message.epoch, message.position, arrived.staged.digest, seconds)
+        self._publisher.offer(message.position, arrived.staged)  # before the controller can ask for it
         self._client.hold(message.position)
         for group in self._held():
             if group.grant.lineage != message.position.lineage:

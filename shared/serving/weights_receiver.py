@@ -29,7 +29,7 @@ class Arrived:
 
 
 class WeightsReceiver:
-    """Takes weights from rank 0 of formed meshes; `manifest` is the receiving model's own."""
+    """Takes weights from rank 0 of formed meshes, one after the other; `manifest` is the receiving model's own."""
 
     def __init__(self, meshes: MeshMembership, manifest: Sequence[TensorSpec], bucket_bytes: int) -> None:
         self._meshes = meshes

@@ -112,6 +112,7 @@ class Checks:
         self._check_bounds(core)
         self._check_indices(core)
         self._check_rounds(core)
+        self._check_edges(core)
 
     def rested(self, core: Core, now: float) -> None:
         """The controller has let everything out: somebody must be due to wake it."""
@@ -299,18 +300,18 @@ class Checks:
     def _check_rounds(self, core: Core) -> None:
         """A round is not torn by newer weights, and a periodic one on evaluators holds no training up."""
         state, recipe = core.state, self.plan.recipe
-        judged, transfer = state.evaluation.round, state.weights.transfer
-        if transfer is not None:
-            for group in state.ledger.having("leased", "eval"):
-                if group.replica in transfer.receivers and group.version != transfer.position.version:
-                    self.broken(f"{group.replica} judges version {group.version} and is sent {transfer.position}")
+        judged = state.evaluation.round
+        sent = {edge.receiver: edge.position for edge in state.weights.edges.values() if edge.position is not None}
+        for group in state.ledger.having("leased", "eval"):
+            position = sent.get(group.replica)
+            if position is not None and group.version != position.version:
+                self.broken(f"{group.replica} judges version {group.version} and is sent {position}")
         train, stages = recipe.train, state.stages
         periodic = judged is not None and judged.why == "periodic" and not recipe.run.deterministic
         if not periodic or recipe.judge != "evaluator" or train is None or stages.name != "train":
             return
         if stages.outcome or stages.stopping or state.version - stages.began >= train.batches:
             return
-        self._check_rollouts_are_served(core)
         if state.steps.batch is not None or state.steps.step is not None:
             return
         running = state.ledger.oldest("leased", "train")
@@ -319,20 +320,55 @@ class Checks:
             self.broken(f"no batch is formed of {state.ledger.count('reported', 'train')} groups during {judged}")
 
     def _check_rollouts_are_served(self, core: Core) -> None:
-        """Between batches nothing but a transfer, or its mesh, keeps rollouts from the committed weights."""
-        state, committed = core.state, core.state.lineages.committed
-        policies = [replica for replica in state.fleet.ready("policy") if replica.position == committed]
-        if not policies or state.weights.transfer is not None or not state.fleet.behind("rollout", committed):
+        """Whoever may have the committed weights gets them, as soon as somebody who holds them has room."""
+        state, committed, table = core.state, core.state.lineages.committed, self.plan.recipe.weights
+        served = {edge.receiver for edge in state.weights.edges.values()}
+        behind = [r.name for r in state.fleet.behind("rollout", committed) if r.name not in served]
+        left = [name for name in behind if state.meshes.may_begin(name, state.now)]
+        if not left:
             return
-        if state.steps.batch is not None and (state.steps.batch.index or state.steps.step is None):
-            return
-        if state.steps.step is not None and state.steps.step.state == "committed":
-            return
-        mesh, retry = state.meshes.of("weights", "rollout"), state.meshes.retries.get("rollout")
-        if mesh is not None and mesh.state != "formed":
-            return
-        if mesh is not None or retry is None or state.now >= retry.not_before:
-            self.broken(f"rollouts hold old weights during {state.evaluation.round}, and nobody sends them any")
+        publication = state.weights.newest(committed.lineage, committed.version)
+        barred = publication.barred if publication is not None else {}
+        sources = [r for role in ("rollout", "evaluator") for r in state.fleet.ready(role) if r.name not in barred]  # type: ignore[arg-type]
+        sources = [r for r in sources if publication is not None and r.position == publication.position]
+        at_rest = state.steps.step is None or state.steps.step.state != "committed"
+        if at_rest and (state.steps.batch is None or state.steps.batch.index == 0):
+            sources += [r for r in state.fleet.ready("policy") if r.position == committed]
+        for source in sources:
+            mine = [edge.since for edge in state.weights.edges.values() if edge.source == source.name]
+            if sum(since > state.now - table.slow_s for since in mine) < table.fanout:
+                self.broken(f"{left} hold old weights, and {source.name}, which has room, sends them none")
+
+    def _check_edges(self, core: Core) -> None:
+        """A source has few edges, a receiver one; who may serve or be served is known without a look at all."""
+        state = core.state
+        edges, lists = list(state.weights.edges.values()), state.weights
+        receivers = [edge.receiver for edge in edges]
+        if len(set(receivers)) < len(receivers):
+            self.broken(f"a replica is sent weights twice at a time: {edges}")
+        for edge in edges:
+            mesh = state.meshes.meshes.get(edge.epoch)
+            ends = [member.replica for member in mesh.members] if mesh is not None else []
+            if (
+                mesh is None
+                or ends != [edge.source, edge.receiver]
+                or (edge.position is None) == (mesh.state == "formed")
+            ):
+                self.broken(f"{edge} has the mesh {mesh}")
+        target = (state.lineages.committed.lineage, state.lineages.committed.version)
+        for role in ("rollout", "evaluator") if lists.target == target else ():
+            behind = {replica.name for replica in state.fleet.behind(role, state.lineages.committed)}  # type: ignore[arg-type]
+            known = {*lists.waiting.get(role, ()), *lists.resting, *receivers}  # type: ignore[call-overload]
+            if not behind <= known:
+                self.broken(f"{behind - known} are behind {target}, and nobody knows it")
+        members: dict[str, list[int]] = {}
+        for epoch, mesh in state.meshes.meshes.items():
+            for member in mesh.members:
+                members.setdefault(member.replica, []).append(epoch)
+        if self.plan.recipe.judge == "evaluator" and state.stages.name == "train" and not state.stages.outcome:
+            self._check_rollouts_are_served(core)
+        if {name: list(epochs) for name, epochs in state.meshes.memberships.items()} != members:
+            self.broken(f"meshes are indexed as {state.meshes.memberships}, their members are {members}")
 
     def _renamed(self, nonce: int, position: Position) -> bool:
         """The same weights under the version that followed when the rest of a batch was struck off."""
@@ -350,8 +386,10 @@ class Checks:
             most = (recipe.train.max_staleness + 1) * recipe.train.batch_size + redone
             if waiting > most:
                 self.broken(f"{waiting} groups wait for training, the bound is {most}")
-        if len(state.meshes.meshes) > 2:
-            self.broken(f"{len(state.meshes.meshes)} meshes live")
+        for name, epochs in state.meshes.memberships.items():
+            idle = [epoch for epoch in epochs if epoch not in state.weights.edges]
+            if len(idle) > 2 * recipe.weights.fanout + 2:
+                self.broken(f"{name} stands in {len(idle)} meshes that nobody uses")
         for name, keys in state.sent.items():
             if len(keys) > 100:
                 self.broken(f"{len(keys)} orders of {name} are remembered")

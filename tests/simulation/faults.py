@@ -221,6 +221,10 @@ def _bad_digest(fleet: Fleet, fault: Fault) -> None:
     fleet.bad_digests += 1 + fault.number % 3
 
 
+def _bad_copy(fleet: Fleet, fault: Fault) -> None:
+    fleet.bad_copies += 1 + fault.number % 3
+
+
 def _bad_checkpoint(fleet: Fleet, fault: Fault) -> None:
     fleet.bad_checkpoints += 1 + fault.number % 2
 
@@ -267,6 +271,7 @@ _KINDS: dict[str, Callable[[Fleet, Fault], None]] = {
     "reconnect": _reconnect,
     "nan": _nan,
     "bad digest": _bad_digest,
+    "bad copy": _bad_copy,
     "bad checkpoint": _bad_checkpoint,
     "stop": _stop,
     "change": _change,

@@ -57,7 +57,7 @@ class Fleet:
         self.mischief = 1.0
         self.calm_since: float | None = None
         self.complete = False
-        self.nans = self.bad_digests = self.bad_checkpoints = 0
+        self.nans = self.bad_digests = self.bad_copies = self.bad_checkpoints = 0
         self.on_commit: list[Callable[[], None]] = []
         self._wanted: dict[str, int] = dict(plan.replicas)
         self._restarts: dict[str, int] = {}
@@ -232,12 +232,17 @@ class Fleet:
         self.bad_digests, now = max(self.bad_digests - 1, 0), self.bad_digests
         return chain + " with an error" if now else chain
 
+    def spoil(self, chain: str) -> str:
+        """What is left of these weights in the copy that a replica keeps for others."""
+        self.bad_copies, now = max(self.bad_copies - 1, 0), self.bad_copies
+        return chain + " with a flipped bit" if now else chain
+
     def calm(self) -> None:
         """No faults from here on."""
         self.world.say("faults are over")
         self.calm_since = self.world.now
         self.mischief = 0.0
-        self.nans = self.bad_digests = self.bad_checkpoints = 0
+        self.nans = self.bad_digests = self.bad_copies = self.bad_checkpoints = 0
         self.on_commit.clear()
         self.network.calm()
         self.image.room = None

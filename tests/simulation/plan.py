@@ -86,7 +86,20 @@ def plan_of(seed: int) -> Plan:
     speed = {name: draw.choice([0.5, 1.0, 1.0, 1.0, 2.0]) for name in names}
     if evaluation:
         _draw_evaluators(seed, deterministic, tree, replicas, speed)
+    _draw_fanout(seed, deterministic, tree, replicas, speed)
     return Plan(seed, Recipe.model_validate(tree), segment_bytes, replicas, speed)
+
+
+def _draw_fanout(
+    seed: int, deterministic: bool, tree: dict[str, Any], replicas: dict[str, int], speed: dict[str, float]
+) -> None:
+    """How many transfers a source serves at a time, and in some lives more rollouts than one source serves soon."""
+    draw = random.Random(f"{seed}/fanout")
+    tree["weights"] = {"fanout": draw.choice([1, 2, 2, 3]), "slow_s": draw.choice([1.0, 3.0, 10.0])}
+    if not deterministic and draw.random() < 0.25:
+        for number in range(4, 4 + draw.randint(2, 5)):
+            replicas[f"rollout-{number}"] = draw.choice([1, 1, 2])
+            speed[f"rollout-{number}"] = draw.choice([0.5, 1.0, 2.0, 6.0])
 
 
 def _draw_evaluators(

@@ -55,8 +55,6 @@ class Policy:
         self._busy = False
         self._staged: tuple[Position, str] | None = None
         self._transfers: dict[tuple[int, Position], WeightsSent | None] = {}
-        self._to_send: deque[tuple[SendWeights, str]] = deque()
-        self._sending = False
         self._chance = process.world.chance(f"service {process.name}")
         self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
         process.on_message = self._take
@@ -252,19 +250,9 @@ class Policy:
             self._staged = (self.position, self.chain)
         self._transfers = {k: v for k, v in self._transfers.items() if k[1] == message.position or v is None}
         self._transfers[key] = None
-        self._to_send.append((message, self._staged[1]))
-        self._transfer()
-
-    def _transfer(self) -> None:
-        """The publisher's thread: one transfer after the other."""
-        if self._sending or not self._to_send:
-            return
-        message, chain = self._to_send.popleft()
-        self._sending = True
-        key = (message.epoch, message.position)
+        chain = self._staged[1]
 
         def done(what: str | None, cause: str) -> None:
-            self._sending = False
             if what is None:
                 self._transfers.pop(key, None)
                 self.process.send(WeightsFailed(message.epoch, message.position, cause))
@@ -272,7 +260,6 @@ class Policy:
                 sent = WeightsSent(message.epoch, message.position, chain, 10, 0.1)
                 self._transfers[key] = sent
                 self.process.send(sent)
-            self._transfer()
 
         self.meshes.send(message.epoch, chain, done)
 

@@ -1,4 +1,4 @@
-"""A model of the rollout service: takes weights over meshes, samples leased groups with them, reports.
+"""A model of the rollout service: takes weights over meshes, passes them on, samples leased groups with them, reports.
 
 Sampling goes on while weights are swapped, so a group may be of several versions. Weights are chains (see payload.py).
 An evaluator is a rollout that is leased nothing but rows to judge.
@@ -23,10 +23,12 @@ from shared.messages import (
     Registered,
     RevokeLease,
     RevokeMesh,
+    SendWeights,
     Shutdown,
     StateLoaded,
     WeightsFailed,
     WeightsLoaded,
+    WeightsSent,
 )
 from tests.simulation import payload
 from tests.simulation.membership import Membership
@@ -58,6 +60,8 @@ class Rollout:
         self._asked: dict[tuple[int, Position], None] = {}
         self._to_receive: deque[ReceiveWeights] = deque()
         self._receiving = False
+        self._copy: tuple[Position, str] | None = None
+        self._sends: dict[tuple[int, Position], WeightsSent | None] = {}
         self._leaving = False
         self._chance = process.world.chance(f"service {process.name}")
         self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
@@ -95,6 +99,8 @@ class Rollout:
                     self.meshes.revoke(message)
                 case ReceiveWeights():
                     self._receive(message)
+                case SendWeights():
+                    self._pass_on(message)
                 case Drain(cause=cause):
                     self.drain(cause)
                 case Shutdown(cause=cause):
@@ -138,6 +144,8 @@ class Rollout:
     def _swap(self, message: ReceiveWeights, chain: str) -> None:
         chain = self.fleet.corrupt(chain)
         self.chain = chain
+        self._copy = (message.position, self.fleet.spoil(chain))
+        self._sends = {key: sent for key, sent in self._sends.items() if key[1] == message.position or sent is None}
         self.weights = WeightsLoaded(message.epoch, message.position, chain, 0.1)
         self.process.standing.hold(message.position)
         self.fleet.checks.loaded_weights(self.process.nonce, message.position, chain)
@@ -147,6 +155,30 @@ class Rollout:
             elif key in self._inside:
                 group.chains[message.position.version] = chain
         self.process.send(self.weights)
+
+    def _pass_on(self, message: SendWeights) -> None:
+        """Send the copy that was received, whatever is under way beside it."""
+        key = (message.epoch, message.position)
+        if key in self._sends:
+            known = self._sends[key]
+            if known is not None:
+                self.process.send(known)
+            return
+        if self._copy is None or self._copy[0] != message.position or self.weights is None:
+            self.process.send(WeightsFailed(*key, f"asked for {message.position}, has {self._copy}"))
+            return
+        self._sends[key] = None
+        digest, chain = self.weights.digest, self._copy[1]
+
+        def done(what: str | None, cause: str) -> None:
+            if what is None:
+                self._sends.pop(key, None)
+                self.process.send(WeightsFailed(*key, cause))
+            else:
+                self._sends[key] = WeightsSent(*key, digest, 10, 0.1)
+                self.process.send(WeightsSent(*key, digest, 10, 0.1))
+
+        self.meshes.send(message.epoch, chain, done)
 
     # --- leases -------------------------------------------------------------------------------------------------------
 

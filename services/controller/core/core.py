@@ -159,15 +159,14 @@ def _begin_term(turn: Turn, term: int) -> None:
     turn.progress()
     for replica in state.fleet.live():
         state.fleet.confirm(replica, False, state.now + turn.recipe.timeouts.rejoin_s)
-    for mesh in list(state.meshes.meshes.values()):
-        if mesh.state != "formed":
-            syncing.revoke_mesh(turn, mesh.epoch, "the controller died while it was forming", failed=False)
+    for epoch in list(state.meshes.unformed):
+        syncing.revoke_mesh(turn, epoch, "the controller died while it was forming", failed=False)
     for group in state.ledger.having("leased"):
         group.deadline = state.now + turn.recipe.timeouts.lease_s
     if state.steps.step is not None:
         state.steps.step.deadline = state.now + turn.recipe.timeouts.step_s
-    if state.weights.transfer is not None:
-        state.weights.transfer.deadline = state.now + turn.recipe.timeouts.transfer_s
+    for edge in state.weights.edges.values():
+        edge.deadline = state.now + turn.recipe.timeouts.transfer_s
     if state.lineages.saving is not None:
         state.lineages.saving.deadline = state.now + turn.recipe.timeouts.checkpoint_s
 
@@ -181,6 +180,7 @@ def _register(turn: Turn, register: Register) -> None:
             loads = replica.state in ("joining", "loading")
             state.fleet.confirm(replica, True, state.now + turn.recipe.timeouts.load_s if loads else None)
             state.ledger.hungry[replica.name] = None
+            syncing.consider(turn, replica)
     else:
         replica = state.fleet.next_rank_of(register)
         if replica is not None:
@@ -235,6 +235,7 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
             if replica.role == "policy":
                 state.fleet.hold(replica, message.position)
             state.fleet.move(replica, "ready" if replica.role == "policy" else "stale", state.now)
+            syncing.consider(turn, replica)
         case GroupReport():
             _take_report(turn, message, spooled)
         case LeaseReturned():
@@ -254,15 +255,16 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
         case CheckpointFailed():
             saving.checkpoint_failed(turn, message.cause)
         case MeshFormed():
-            state.meshes.member_formed(message.epoch, replica.name)
+            if state.meshes.member_formed(message.epoch, replica.name):
+                syncing.mesh_formed(turn, message.epoch)
         case MeshFailed():
             syncing.revoke_mesh(turn, message.epoch, f"{replica.name}: {message.cause}", failed=True)
         case WeightsSent():
-            syncing.weights_sent(turn, message.digest, message.bytes)
+            syncing.weights_sent(turn, message)
         case WeightsLoaded():
-            syncing.weights_loaded(turn, replica.name, message.digest)
+            syncing.weights_loaded(turn, message)
         case WeightsFailed():
-            syncing.weights_failed(turn, f"{replica.name}: {message.cause}")
+            syncing.weights_failed(turn, message.epoch, f"{replica.name}: {message.cause}")
 
 
 def _take_report(turn: Turn, report: GroupReport, spooled: Spooled | None) -> None:

@@ -29,13 +29,15 @@ def _moments(state: State, recipe: Recipe) -> Iterator[float]:
     for replica in state.fleet.live():
         if replica.deadline is not None:
             yield replica.deadline
-    for mesh in state.meshes.meshes.values():
-        if mesh.state in ("minting", "forming"):
-            yield mesh.deadline
+    for epoch in state.meshes.unformed:
+        yield state.meshes.meshes[epoch].deadline
     if state.steps.step is not None:
         yield state.steps.step.deadline
-    if state.weights.transfer is not None:
-        yield state.weights.transfer.deadline
+    for edge in state.weights.edges.values():
+        if edge.position is not None:
+            yield edge.deadline
+        if edge.since + recipe.weights.slow_s > state.now:
+            yield edge.since + recipe.weights.slow_s
     if state.lineages.saving is not None:
         yield state.lineages.saving.deadline
     if state.stages.stopping:
@@ -55,14 +57,16 @@ def expire(turn: Turn) -> None:
         if replica.deadline is not None and replica.deadline <= now:
             waited = "timeouts.load_s" if replica.state in ("joining", "loading") else "timeouts.rejoin_s"
             lose(turn, replica, f"the controller waited for it in state {replica.state} past {waited}")
-    for mesh in list(state.meshes.meshes.values()):
-        if mesh.state in ("minting", "forming") and mesh.deadline <= now:
+    for mesh in [state.meshes.meshes[epoch] for epoch in state.meshes.unformed]:
+        if mesh.deadline <= now:
             missing = [m.replica for m in mesh.members if m.replica not in mesh.formed]
             revoke_mesh(turn, mesh.epoch, f"{', '.join(missing)} did not form it within timeouts.mesh_s", failed=True)
     _expire_step(turn)
-    transfer = state.weights.transfer
-    if transfer is not None and transfer.deadline <= now:
-        revoke_mesh(turn, transfer.epoch, "the transfer took longer than timeouts.transfer_s", failed=True)
+    for edge in list(state.weights.edges.values()):
+        if edge.position is not None and edge.deadline <= now:
+            revoke_mesh(turn, edge.epoch, "the transfer took longer than timeouts.transfer_s", failed=True)
+        elif edge.since + turn.recipe.weights.slow_s <= now:
+            state.weights.free[edge.source] = None  # it counts no longer: the source may have room again
     saving = state.lineages.saving
     if saving is not None and saving.deadline <= now:
         checkpoint_failed(turn, f"{saving.replica} did not answer within timeouts.checkpoint_s")

@@ -27,7 +27,7 @@ from shared.messages import (
     WeightsSent,
 )
 
-CORE_VERSION = 2
+CORE_VERSION = 3
 """Version of the core's rules: a journal record says which version took it; an upgrade starts from a snapshot."""
 
 ReplicaMessage = (

@@ -15,34 +15,41 @@ from typing import Literal
 
 import msgspec
 
-from shared.messages import MeshIdentity, MeshMember, Role
+from shared.messages import MeshIdentity, MeshMember
 
 RETRY_S = 1.0
 """Pause after a failed attempt, doubled with each one in a row, so that a broken network isn't hammered."""
 RETRY_MOST_S = 16.0
-REVOKED_KEPT = 16
+REVOKED_KEPT = 256
 """Revoked epochs whose members are remembered, for those that were not there to be told."""
+Purpose = Literal["gradients", "weights"]
 
 
 class Retry(msgspec.Struct):
-    """How often in a row the mesh for some receivers has failed, and when the next attempt may begin."""
+    """How often in a row the meshes of one kind have failed, with whom the last one, and when the next may begin."""
 
     failures: int = 0
     not_before: float = 0.0
+    source: str = ""
 
 
 class Mesh(msgspec.Struct):
-    """One attempt at a process group. `receivers` is the role that takes weights over it."""
+    """One attempt at a process group. `used` is when an operation on it was last ordered."""
 
     epoch: int
-    purpose: Literal["gradients", "weights"]
-    receivers: Role
+    purpose: Purpose
     backend: Literal["gloo", "nccl"]
     members: list[MeshMember]
     state: Literal["minting", "forming", "formed", "revoked"]
     deadline: float
     unique_id: bytes = b""
     formed: list[str] = []
+    used: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """What its failures are counted under: the receiver of weights (its last member), else the purpose."""
+        return self.members[-1].replica if self.purpose == "weights" else self.purpose
 
     @property
     def identity(self) -> MeshIdentity:
@@ -63,27 +70,27 @@ class Mesh(msgspec.Struct):
 class Meshes(msgspec.Struct):
     """The live meshes by epoch, the members of those revoked last, and when the next attempts may begin.
 
-    Rollouts and evaluators have a mesh each, so that a broken one of the former never delays the latter, nor the other
-    way round.
+    `memberships` and `unformed` index the live ones: by replica, and those that still form. A transfer of weights has a
+    mesh of its own for each receiver, so that a broken one delays nobody else.
     """
 
     meshes: dict[int, Mesh] = {}
+    memberships: dict[str, dict[int, None]] = {}
+    unformed: dict[int, None] = {}
     revoked: dict[int, list[str]] = {}
     last_epoch: int = 0
-    retries: dict[Role, Retry] = {}
+    retries: dict[str, Retry] = {}
 
     def begin(
-        self,
-        purpose: Literal["gradients", "weights"],
-        receivers: Role,
-        backend: Literal["gloo", "nccl"],
-        members: list[MeshMember],
-        deadline: float,
+        self, purpose: Purpose, backend: Literal["gloo", "nccl"], members: list[MeshMember], deadline: float
     ) -> Mesh:
-        """A new attempt with a new epoch; it waits for its unique id."""
+        """A new attempt with a new epoch; it waits for its unique id. The first member is the source, if one is."""
         self.last_epoch += 1
-        mesh = Mesh(self.last_epoch, purpose, receivers, backend, members, "minting", deadline)
+        mesh = Mesh(self.last_epoch, purpose, backend, members, "minting", deadline)
         self.meshes[mesh.epoch] = mesh
+        self.unformed[mesh.epoch] = None
+        for member in members:
+            self.memberships.setdefault(member.replica, {})[mesh.epoch] = None
         return mesh
 
     def minted(self, epoch: int, unique_id: bytes, deadline: float) -> None:
@@ -92,15 +99,19 @@ class Meshes(msgspec.Struct):
         if mesh is not None and mesh.state == "minting":
             mesh.unique_id, mesh.state, mesh.deadline = unique_id, "forming", deadline
 
-    def member_formed(self, epoch: int, replica: str) -> None:
-        """A member stands; the mesh is formed when all do."""
+    def member_formed(self, epoch: int, replica: str) -> bool:
+        """A member stands; the mesh is formed when all do. Whether it is formed by this."""
         mesh = self.meshes.get(epoch)
         if mesh is None or mesh.state != "forming" or not mesh.has(replica) or replica in mesh.formed:
-            return
+            return False
         mesh.formed.append(replica)
-        if len(mesh.formed) == len(mesh.members):
-            mesh.state = "formed"
-            self._retry(mesh.receivers).failures = 0
+        if len(mesh.formed) < len(mesh.members):
+            return False
+        mesh.state = "formed"
+        del self.unformed[epoch]
+        if mesh.kind in self.retries:
+            self.retries[mesh.kind].failures = 0
+        return True
 
     def revoke(self, epoch: int, at: float, *, failed: bool) -> Mesh | None:
         """End a mesh for good; after a failure the next attempt waits a little. The mesh, unless it had ended."""
@@ -108,27 +119,46 @@ class Meshes(msgspec.Struct):
         if mesh is None:
             return None
         mesh.state = "revoked"
+        self.unformed.pop(epoch, None)
+        for name in {member.replica for member in mesh.members}:
+            del self.memberships[name][epoch]
+            if not self.memberships[name]:
+                del self.memberships[name]
         self.revoked[epoch] = [member.replica for member in mesh.members]
         if len(self.revoked) > REVOKED_KEPT:
             del self.revoked[next(iter(self.revoked))]
         if failed:
-            retry = self._retry(mesh.receivers)
+            retry = self.retries.setdefault(mesh.kind, Retry())
             retry.not_before = at + min(RETRY_S * 2**retry.failures, RETRY_MOST_S)
             retry.failures += 1
+            retry.source = mesh.members[0].replica
         return mesh
 
-    def may_begin(self, receivers: Role, at: float) -> bool:
+    def may_begin(self, kind: str, at: float) -> bool:
         """Whether the pause after a failure is over."""
-        return at >= self._retry(receivers).not_before
+        retry = self.retries.get(kind)
+        return retry is None or at >= retry.not_before
 
-    def _retry(self, receivers: Role) -> Retry:
-        return self.retries.setdefault(receivers, Retry())
+    def forget(self, kind: str) -> None:
+        """It worked, or whom it was for is gone: the next failure is the first one again."""
+        self.retries.pop(kind, None)
 
     def revoked_of(self, replica: str) -> list[int]:
         """The epochs revoked last that a replica was a member of."""
         return [epoch for epoch, names in self.revoked.items() if replica in names]
 
-    def of(self, purpose: str, receivers: Role) -> Mesh | None:
-        """The live mesh of a purpose for these receivers (the newest, should there be two)."""
-        live = [mesh for mesh in self.meshes.values() if (mesh.purpose, mesh.receivers) == (purpose, receivers)]
-        return max(live, key=lambda mesh: mesh.epoch) if live else None
+    def epochs_of(self, replica: str) -> list[int]:
+        """The live meshes that a replica is a member of, oldest first."""
+        return list(self.memberships.get(replica, ()))
+
+    def held_by(self, replica: str) -> list[Mesh]:
+        """The live meshes that a replica is a member of, oldest first."""
+        return [self.meshes[epoch] for epoch in self.memberships.get(replica, ())]
+
+    def of(self, purpose: Purpose, source: str, receiver: str) -> Mesh | None:
+        """The live mesh of a purpose whose first member is the one and whose last is the other (the newest)."""
+        for mesh in reversed(self.held_by(receiver)):
+            ends = mesh.members[0].replica, mesh.members[-1].replica
+            if mesh.purpose == purpose and ends == (source, receiver):
+                return mesh
+        return None

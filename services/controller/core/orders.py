@@ -74,10 +74,7 @@ def _concerned(turn: Turn) -> list[str]:
         names.add(turn.event.register.replica)
     if isinstance(turn.event, MeshIdMinted) and turn.event.epoch in state.meshes.meshes:
         names |= {member.replica for member in state.meshes.meshes[turn.event.epoch].members}
-    transfer = state.weights.transfer
-    if transfer is not None and transfer is not turn.transfer_before:
-        names |= {transfer.source, *transfer.receivers}
-    return sorted(names)
+    return sorted(names | turn.concerned)
 
 
 def _orders(turn: Turn, replica: Replica) -> Iterator[Order]:
@@ -87,18 +84,16 @@ def _orders(turn: Turn, replica: Replica) -> Iterator[Order]:
         return
     if replica.state == "loading":
         yield from _loading(turn, replica)
-    for mesh in state.meshes.meshes.values():
-        if mesh.state == "forming" and mesh.has(replica.name) and replica.name not in mesh.formed:
+    for mesh in state.meshes.held_by(replica.name):
+        if mesh.state == "forming" and replica.name not in mesh.formed:
             yield f"form {mesh.epoch}", partial(FormMesh, mesh.identity, turn.recipe.timeouts.mesh_s)
-    transfer = state.weights.transfer
-    if transfer is not None:
-        if replica.name in transfer.receivers and replica.name not in transfer.loaded:
-            yield (
-                f"receive {transfer.epoch} {transfer.position}",
-                partial(ReceiveWeights, transfer.epoch, transfer.position),
-            )
-        if replica.name == transfer.source and transfer.digest is None:
-            yield f"send {transfer.epoch} {transfer.position}", partial(SendWeights, transfer.epoch, transfer.position)
+        edge = state.weights.edges.get(mesh.epoch)
+        if edge is None or edge.position is None:
+            continue
+        if replica.name == edge.receiver and edge.loaded is None:
+            yield f"receive {edge.epoch} {edge.position}", partial(ReceiveWeights, edge.epoch, edge.position)
+        if replica.name == edge.source and not edge.sent:
+            yield f"send {edge.epoch} {edge.position}", partial(SendWeights, edge.epoch, edge.position)
     saving = state.lineages.saving
     if saving is not None and saving.replica == replica.name:
         key = f"save {saving.position} {saving.export} {state.lineages.failures}"  # a failed one is ordered anew

@@ -178,22 +178,22 @@ def _formed(state: State, replica: Replica, message: MeshFormed | MeshFailed) ->
 
 
 def _weights(state: State, replica: Replica, message: WeightsSent | WeightsLoaded | WeightsFailed) -> Verdict:
-    transfer = state.weights.transfer
-    same = transfer is not None and (transfer.epoch, transfer.position) == (message.epoch, message.position)
-    if transfer is None or not same:
+    edge = state.weights.edges.get(message.epoch)
+    if edge is None or edge.position != message.position:
         if isinstance(message, WeightsFailed) or replica.position == message.position:
             return "duplicate"
-        now = f"epoch {transfer.epoch}" if transfer else "no transfer"
+        now = f"weights of {edge.position}" if edge is not None and edge.position is not None else "no transfer"
         return Refused("epoch", now, f"epoch {message.epoch}", "drop these weights: the transfer was given up")
     if isinstance(message, WeightsSent):
-        if replica.name != transfer.source:
-            return Refused("role", f"the source {transfer.source}", replica.name, "only the source reports WeightsSent")
-        return "fresh" if transfer.digest is None else "duplicate"
+        if replica.name != edge.source:
+            return Refused("role", f"the source {edge.source}", replica.name, "only the source reports WeightsSent")
+        return "duplicate" if edge.sent else "fresh"
     if isinstance(message, WeightsLoaded):
-        if replica.name not in transfer.receivers:
-            return Refused("role", f"a receiver of {transfer.receivers}", replica.name, "only receivers load")
-        return "duplicate" if replica.name in transfer.loaded else "fresh"
-    return "fresh"
+        if replica.name != edge.receiver:
+            return Refused("role", f"the receiver {edge.receiver}", replica.name, "only the receiver loads")
+        return "duplicate" if edge.loaded is not None else "fresh"
+    ends = (edge.source, edge.receiver)
+    return "fresh" if replica.name in ends else "duplicate"
 
 
 _JUDGES: dict[type[msgspec.Struct], Callable[..., Verdict]] = {

@@ -72,7 +72,7 @@ def initial_state(recipe: Recipe) -> State:
 class Turn:
     """One event's turn: the state it changes, and the facts and effects it gathers.
 
-    `was_over` and `transfer_before` are the run's end and the weight transfer as the turn found them.
+    `was_over` is the run's end as the turn found it; `concerned` are replicas that a rule has something new for.
     """
 
     def __init__(self, state: State, recipe: Recipe, event: AnyEvent) -> None:
@@ -81,7 +81,7 @@ class Turn:
         self.event = event
         self.outcome = Outcome()
         self.was_over = bool(state.stages.outcome)
-        self.transfer_before = state.weights.transfer
+        self.concerned: set[str] = set()
 
     def fact(self, fact: AnyFact) -> None:
         """Put a decision on record."""

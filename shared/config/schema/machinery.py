@@ -15,6 +15,10 @@ class WeightsTable(Table):
     backend: Literal["gloo"] = "gloo"
     interface: str = Field("lo", description="network interface that process groups use")
     bucket_mb: Positive = Field(64, description="most megabytes in one broadcast")
+    fanout: Positive = Field(2, description="transfers that one source serves at a time; receivers serve the next ones")
+    slow_s: Seconds = Field(
+        10.0, description="a transfer that takes longer no longer counts against its source's fanout"
+    )
 
 
 class BusTable(Table):

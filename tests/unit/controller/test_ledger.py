@@ -147,7 +147,7 @@ def test_no_more_is_leased_than_the_stage_will_train() -> None:
 
 
 def test_leases_and_evaluation_rows_are_spread_evenly_over_the_fleet() -> None:
-    world = World(recipe(evaluation={"suites": {"heldout": {"problems": 9}}}))
+    world = World(recipe(evaluation={"suites": {"heldout": {"problems": 9}}}, weights={"fanout": 3}))
     slow = [world.join(f"rollout-{n}", "rollout", slow=True) for n in range(3)]
     world.join("policy-0", "policy")
     ready_at_once(world)

@@ -6,6 +6,7 @@ own says after each event which meshes live, who was told what, and how long the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,6 @@ MESH_S = 20.0
 FOREVER = 1e6
 names = st.sampled_from(NAMES)
 purposes = st.sampled_from(("gradients", "weights"))
-receivers = st.sampled_from(("rollout", "evaluator"))
 ago = st.sampled_from((0, 0, 0, 1, 2, 5))
 """How many epochs, or incarnations, before the newest one a word is about."""
 
@@ -55,7 +55,6 @@ class Attempt:
     """One epoch, as the model knows it."""
 
     purpose: str
-    receivers: str
     members: list[tuple[str, int]]
     deadline: float
     state: str = "minting"
@@ -65,6 +64,10 @@ class Attempt:
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.members]
+
+    @property
+    def kind(self) -> str:
+        return self.names[-1] if self.purpose == "weights" else self.purpose
 
 
 class MeshMachine(RuleBasedStateMachine):
@@ -100,9 +103,9 @@ class MeshMachine(RuleBasedStateMachine):
         mesh.state = "revoked"
         self.revoked.append(epoch)
         if failed:
-            before = self.failures.get(mesh.receivers, 0)
-            self.not_before[mesh.receivers] = self.now + min(RETRY_S * 2**before, RETRY_MOST_S)
-            self.failures[mesh.receivers] = before + 1
+            before = self.failures.get(mesh.kind, 0)
+            self.not_before[mesh.kind] = self.now + min(RETRY_S * 2**before, RETRY_MOST_S)
+            self.failures[mesh.kind] = before + 1
 
     def part(self, name: str) -> list[int]:
         """The incarnation of a name is gone; the epochs that end with it."""
@@ -110,6 +113,8 @@ class MeshMachine(RuleBasedStateMachine):
         ended = [epoch for epoch, mesh in self.living().items() if name in mesh.names]
         for epoch in ended:
             self.end(epoch, failed=False)
+        self.failures.pop(name, None)
+        self.not_before.pop(name, None)
         return ended
 
     def stand(self, epoch: int, name: str) -> None:
@@ -118,7 +123,7 @@ class MeshMachine(RuleBasedStateMachine):
         mesh.formed.add(name)
         if mesh.formed == set(mesh.names):
             mesh.state = "formed"
-            self.failures[mesh.receivers] = 0
+            self.failures[mesh.kind] = 0
 
     def remembered(self, name: str) -> list[int]:
         return [epoch for epoch in self.revoked[-REVOKED_KEPT:] if name in self.epochs[epoch].names]
@@ -215,34 +220,32 @@ class MeshMachine(RuleBasedStateMachine):
             self.check(self.step(ReplicaLost(at=self.now, replica=name, incarnation=incarnation, cause="")), ended)
 
     @precondition(lambda self: any(process.live for process in self.processes.values()))
-    @rule(purpose=purposes, role=receivers, all_of_them=st.booleans(), data=st.data())
-    def a_mesh_is_begun(self, purpose: str, role: str, all_of_them: bool, data: st.DataObject) -> None:
+    @rule(purpose=purposes, all_of_them=st.booleans(), data=st.data())
+    def a_mesh_is_begun(self, purpose: str, all_of_them: bool, data: st.DataObject) -> None:
         live = [name for name, process in sorted(self.processes.items()) if process.live]
         chosen = live if all_of_them else data.draw(st.lists(st.sampled_from(live), min_size=1, unique=True))
         members = [(name, self.processes[name].incarnation) for name in chosen]
         until = self.now + MESH_S
-        arguments: Any = (purpose, role, "gloo", [MeshMember(*member, 0) for member in members], until)
+        arguments: Any = (purpose, "gloo", [MeshMember(*member, 0) for member in members], until)
         mesh = self.core.state.meshes.begin(*arguments)
         assert mesh.epoch not in self.epochs, "an epoch is used once"
         assert mesh.epoch > max(self.epochs, default=0)
-        self.epochs[mesh.epoch] = Attempt(purpose, role, members, until)
+        self.epochs[mesh.epoch] = Attempt(purpose, members, until)
 
     @precondition(lambda self: any(process.live for process in self.processes.values()))
-    @rule(purpose=purposes, role=receivers, missing=st.integers(0, 2), data=st.data())
-    def a_mesh_of_all_that_live_stands_or_nearly(
-        self, purpose: str, role: str, missing: int, data: st.DataObject
-    ) -> None:
-        self.a_mesh_is_begun(purpose, role, True, data)
+    @rule(purpose=purposes, missing=st.integers(0, 2), data=st.data())
+    def a_mesh_of_all_that_live_stands_or_nearly(self, purpose: str, missing: int, data: st.DataObject) -> None:
+        self.a_mesh_is_begun(purpose, True, data)
         self.an_id_is_minted(0)
         epoch = max(self.epochs)
         for name in self.epochs[epoch].names[missing:]:
             self.a_replica_says_that_it_stands(name, 0, 0)
 
     @precondition(lambda self: any(process.live for process in self.processes.values()))
-    @rule(role=receivers, times=st.integers(1, 10), data=st.data())
-    def meshes_fail_in_a_row(self, role: str, times: int, data: st.DataObject) -> None:
+    @rule(purpose=purposes, times=st.integers(1, 10), data=st.data())
+    def meshes_fail_in_a_row(self, purpose: str, times: int, data: st.DataObject) -> None:
         for _ in range(times):
-            self.a_mesh_is_begun("weights", role, True, data)
+            self.a_mesh_is_begun(purpose, True, data)
             self.a_replica_reports_an_error(self.epochs[max(self.epochs)].names[0], 0, 0)
 
     @rule(back=ago)
@@ -345,10 +348,10 @@ class MeshMachine(RuleBasedStateMachine):
     def live_meshes_are_those_that_nothing_ended(self) -> None:
         meshes = self.core.state.meshes
         assert {
-            epoch: (m.purpose, m.receivers, m.state, m.unique_id, m.deadline, sorted(m.formed))
+            epoch: (m.purpose, m.kind, m.state, m.unique_id, m.deadline, sorted(m.formed))
             for epoch, m in meshes.meshes.items()
         } == {
-            epoch: (m.purpose, m.receivers, m.state, m.unique_id, m.deadline, sorted(m.formed))
+            epoch: (m.purpose, m.kind, m.state, m.unique_id, m.deadline, sorted(m.formed))
             for epoch, m in self.living().items()
         }
         assert meshes.last_epoch == max(self.epochs, default=0)
@@ -369,21 +372,27 @@ class MeshMachine(RuleBasedStateMachine):
                 assert all((name, epoch) in self.told for name in missing)
 
     @invariant()
-    def the_mesh_in_use_is_the_newest_live_one_of_its_kind(self) -> None:
-        for purpose in ("gradients", "weights"):
-            for role in ("rollout", "evaluator"):
-                found = self.core.state.meshes.of(purpose, role)  # type: ignore[arg-type]
-                kind = [e for e, mesh in self.living().items() if (mesh.purpose, mesh.receivers) == (purpose, role)]
-                assert (found.epoch if found is not None else None) == max(kind, default=None)
+    def meshes_are_found_by_their_members_and_by_their_ends(self) -> None:
+        meshes = self.core.state.meshes
+        for name in NAMES:
+            mine = [epoch for epoch, mesh in self.living().items() if name in mesh.names]
+            assert meshes.epochs_of(name) == mine
+            for purpose in ("gradients", "weights"):
+                for source in NAMES:
+                    ends = (purpose, source, name)
+                    kind = [e for e, m in self.living().items() if (m.purpose, m.names[0], m.names[-1]) == ends]
+                    found = meshes.of(*ends)  # type: ignore[arg-type]
+                    assert (found.epoch if found is not None else None) == max(kind, default=None)
+        assert list(meshes.unformed) == [epoch for epoch, mesh in self.living().items() if mesh.state != "formed"]
 
     @invariant()
     def the_next_attempt_waits_as_long_as_the_failures_in_a_row_say(self) -> None:
-        for role in ("rollout", "evaluator"):
-            until = self.not_before.get(role, 0.0)
-            retry = self.core.state.meshes.retries.get(role)  # type: ignore[call-overload]
-            assert (retry.failures if retry is not None else 0) == self.failures.get(role, 0)
+        for kind in (*NAMES, "gradients"):
+            until = self.not_before.get(kind, -math.inf)
+            retry = self.core.state.meshes.retries.get(kind)
+            assert (retry.failures if retry is not None else 0) == self.failures.get(kind, 0)
             for moment in (until - 0.1, until, self.now):
-                assert self.core.state.meshes.may_begin(role, moment) == (moment >= until)  # type: ignore[arg-type]
+                assert self.core.state.meshes.may_begin(kind, moment) == (moment >= until)
 
 
 MeshMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -190,7 +190,7 @@ def test_whoever_was_away_when_a_mesh_was_revoked_hears_of_it_when_it_is_back() 
     world = small_world(rollouts=2)
     world.run(lambda: any(mesh.state == "formed" for mesh in world.core.state.meshes.meshes.values()))
     world.crash(rejoin=False)
-    world.lose("rollout-1")
+    world.lose("policy-0")
     world.effects.clear()
     world.register(world.models["rollout-0"])
     kinds = [type(effect) for effect in world.effects]

@@ -510,15 +510,14 @@ def small_world(*, check_replay: bool = True, rollouts: int = 1, **tables: dict[
 
 
 def ready_at_once(world: World) -> None:
-    """Deliver until every rollout waits for the source's digest only, then let it tell."""
+    """Deliver until every rollout waits for the source's digest only, then let it tell. `weights.fanout` must do."""
     policy = world.models["policy-0"]
     policy.silent = {SendWeights}
     world.deliver()
     policy.silent = set()
-    order = policy.told(SendWeights)[-1]
-    assert isinstance(order, SendWeights)
-    for answer in policy.take(order):
-        world.send(policy, answer)
+    for order in policy.told(SendWeights):
+        for answer in policy.take(order):
+            world.send(policy, answer)
     world.deliver()
 
 

@@ -37,7 +37,7 @@ from shared.messages import (
 )
 from shared.models import load_model
 from shared.serving.process import open_datasets
-from shared.weights import send_weights, stage
+from shared.weights import StagedWeights, manifest_of, receive_weights, send_weights, stage
 from tests.unit.mesh.threads import Rendezvous
 
 Sent = TypeVar("Sent", bound=Message)
@@ -189,6 +189,24 @@ class Rig:
         self.tell(FormMesh(identity, 30.0))
         self.until(lambda: any(formed.epoch == self._epoch for formed in self.bus.of(MeshFormed)))
         return ReceiveWeights(self._epoch, Position(lineage, version, version)), sending
+
+    def begin_relay(self, model: torch.nn.Module) -> tuple[int, Future[StagedWeights]]:
+        """Form a mesh whose source is the service; its epoch, and what another replica receives over it."""
+        self._epoch += 1
+        members = [MeshMember("rollout-0", 1, 0), MeshMember("rollout-1", 1, 0)]
+        identity = MeshIdentity("weights", self._epoch, "gloo", f"id{self._epoch}".encode(), members)
+
+        def receiver() -> StagedWeights:
+            mesh = form_mesh(
+                identity, 1, self.bus.request, interface="lo", form_timeout_s=30.0, operation_timeout_s=30.0
+            )
+            self._policy_meshes.append(mesh)
+            return receive_weights(manifest_of(model), mesh, self.recipe.weights.bucket_mb << 20)
+
+        received = self._policies.submit(receiver)
+        self.tell(FormMesh(identity, 30.0))
+        self.until(lambda: any(formed.epoch == self._epoch for formed in self.bus.of(MeshFormed)))
+        return self._epoch, received
 
     def ready(self, version: int = 1) -> PreTrainedModel:
         """Load the engine and give it its first weights."""

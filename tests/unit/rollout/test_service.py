@@ -27,10 +27,12 @@ from shared.messages import (
     RevokeLease,
     RevokeMesh,
     Sampling,
+    SendWeights,
     Shutdown,
     StateLoaded,
     WeightsFailed,
     WeightsLoaded,
+    WeightsSent,
 )
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED
 from shared.serving.samples import completion_text
@@ -223,6 +225,25 @@ def test_weights_asked_for_again_are_answered_again(rig: Rig) -> None:
     (loaded,) = rig.bus.of(WeightsLoaded)
     rig.tell(ReceiveWeights(loaded.epoch, loaded.position))
     assert rig.bus.of(WeightsLoaded) == [loaded, loaded]
+
+
+def test_the_weights_that_were_received_are_served_to_others_while_samples_run(rig: Rig) -> None:
+    model = rig.ready(version=3)
+    rig.tell(Lease([rig.grant(1, sampling=Sampling(1.0, 1.0, 0, 200), samples=8)]))
+    epoch, received = rig.begin_relay(model)
+    rig.tell(SendWeights(epoch, Position(0, 3, 3)))
+    rig.until(lambda: bool(rig.bus.of(WeightsSent)))
+    (sent,) = rig.bus.of(WeightsSent)
+    assert (sent.epoch, sent.position, sent.digest) == (epoch, Position(0, 3, 3), stage(model).digest)
+    assert received.result(60).digest == sent.digest
+    rig.until(lambda: bool(rig.bus.of(GroupReport)))
+
+
+def test_weights_that_this_replica_does_not_hold_are_not_served(rig: Rig) -> None:
+    rig.ready(version=3)
+    rig.tell(SendWeights(9, Position(0, 4, 4)))
+    (failed,) = rig.bus.of(WeightsFailed)
+    assert (failed.epoch, failed.position) == (9, Position(0, 4, 4))
 
 
 def test_weights_of_a_new_lineage_send_the_old_lineages_groups_back(rig: Rig) -> None:

@@ -147,10 +147,10 @@ def _lease_evaluation(turn: Turn) -> bool:
 
 
 def _may_judge(turn: Turn, replica: Replica) -> bool:
-    judged, held, transfer = turn.state.evaluation.round, replica.position, turn.state.weights.transfer
+    judged, held = turn.state.evaluation.round, replica.position
     if judged is None or held is None or (held.lineage, held.version) != (judged.lineage, judged.version):
         return False
-    return transfer is None or replica.name not in transfer.receivers
+    return not turn.state.weights.travelling_to(replica.name, held, turn.state.meshes.epochs_of(replica.name))
 
 
 def _draw(turn: Turn, purpose: Purpose, samples: int) -> Group | None:

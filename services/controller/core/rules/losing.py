@@ -18,8 +18,9 @@ def lose(turn: Turn, replica: Replica, cause: str, *, left: bool = False) -> Non
     state.sent.pop(replica.name, None)
     turn.fact(Gone(replica.name, replica.incarnation, replica.state, cause))
     turn.effect(Part(replica.name, replica.incarnation))
-    for mesh in [mesh for mesh in state.meshes.meshes.values() if mesh.has(replica.name)]:
-        revoke_mesh(turn, mesh.epoch, f"{replica.name} is gone: {cause}", failed=False)
+    for epoch in state.meshes.epochs_of(replica.name):
+        revoke_mesh(turn, epoch, f"{replica.name} is gone: {cause}", failed=False)
+    state.meshes.forget(replica.name)
     for group in state.ledger.held_by(replica.name):
         if group.state == "leased":  # an earlier one may have taken its whole wave back already
             give_back(turn, group, f"{replica.name} is gone")
