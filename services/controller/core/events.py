@@ -20,19 +20,23 @@ from shared.messages import (
     Register,
     ReplicaFailed,
     Scalar,
+    StateDigest,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     WeightsFailed,
     WeightsLoaded,
     WeightsSent,
 )
 
-CORE_VERSION = 2
+CORE_VERSION = 3
 """Version of the core's rules: a journal record says which version took it; an upgrade starts from a snapshot."""
 
 ReplicaMessage = (
     Goodbye | StateLoaded | ReplicaFailed | GroupReport | LeaseReturned | GradientsReady | StepApplied
-    | CheckpointSaved | CheckpointFailed | MeshFormed | MeshFailed | WeightsSent | WeightsLoaded | WeightsFailed
+    | CheckpointSaved | CheckpointFailed | StateSent | StateReceived | StateDigest
+    | MeshFormed | MeshFailed | WeightsSent | WeightsLoaded | WeightsFailed
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Mesh(msgspec.Struct):
     """One attempt at a process group. `receivers` is the role that takes weights over it."""
 
     epoch: int
-    purpose: Literal["gradients", "weights"]
+    purpose: Literal["gradients", "state", "weights"]
     receivers: Role
     backend: Literal["gloo", "nccl"]
     members: list[MeshMember]
@@ -74,7 +74,7 @@ class Meshes(msgspec.Struct):
 
     def begin(
         self,
-        purpose: Literal["gradients", "weights"],
+        purpose: Literal["gradients", "state", "weights"],
         receivers: Role,
         backend: Literal["gloo", "nccl"],
         members: list[MeshMember],
