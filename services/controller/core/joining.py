@@ -20,10 +20,14 @@ from shared.messages import MeshMember, Position
 
 
 class Join(msgspec.Struct):
-    """A stale policy on its way to the members. `position` is what it is sent, once that is known."""
+    """A stale policy on its way to the members: they and it are in `members`.
+
+    `position` is what it is sent, once that is known.
+    """
 
     joiner: str
     source: str
+    members: list[MeshMember]
     state_mesh: int
     gradients_mesh: int
     position: Position | None = None

@@ -62,10 +62,11 @@ def _keep_join(turn: Turn) -> bool:
         return True
     live = state.meshes.meshes
     if joiner.state == "stale" and join.state_mesh in live and join.gradients_mesh in live:
-        group = [member(replica) for replica in (*members(turn), joiner)]
-        if same(live[join.gradients_mesh].members, group):
+        if same(join.members, [member(replica) for replica in (*members(turn), joiner)]):
             return False
-    give_up_join(turn, f"{join.joiner} cannot join as it was to")
+    _end_join(turn, f"{join.joiner} cannot join as it was to")
+    if all(state.fleet.is_current(m.replica, m.incarnation) for m in join.members):
+        _pause(turn)  # nobody was lost: it is the network, or one of them
     return True
 
 
@@ -125,7 +126,7 @@ def _begin_join(turn: Turn) -> bool:
     state_mesh = _begin(turn, "state", [source, joiner])
     gradients = _begin(turn, "gradients", [*group, joiner])
     joining.gradients.append(gradients.epoch)
-    joining.join = Join(joiner.name, source.name, state_mesh.epoch, gradients.epoch)
+    joining.join = Join(joiner.name, source.name, gradients.members, state_mesh.epoch, gradients.epoch)
     return True
 
 
@@ -216,12 +217,6 @@ def join_ran_out(turn: Turn) -> Replica | None:
     return joiner if joiner.live else None
 
 
-def give_up_join(turn: Turn, cause: str) -> None:
-    """End the join; the next one begins after a pause, with the next policy that is stale."""
-    _end_join(turn, cause)
-    _pause(turn)
-
-
 def _decide(turn: Turn, join: Join) -> None:
     state = turn.state
     joiner, committed = state.fleet.replicas[join.joiner], state.lineages.committed
@@ -230,7 +225,8 @@ def _decide(turn: Turn, join: Join) -> None:
     if join.sent != join.received:
         state.joining.mismatches += 1
         _distrust(turn, joiner)
-        give_up_join(turn, f"{joiner.name} holds another state than {join.source} sent")
+        _end_join(turn, f"{joiner.name} holds another state than {join.source} sent")
+        _pause(turn)
         return
     # the version may have risen alone, when the rest of a batch was struck off
     if (join.position.lineage, join.position.step) == (committed.lineage, committed.step):
