@@ -186,6 +186,9 @@ class StepMachine(RuleBasedStateMachine):
         step.committed, self.nonfinite = True, 0
         self.facts.append(("committed", now.step, step.number, now.version))
         self.orders += [("commit", name, step.number) for name in step.members]
+        for name, policy in self.policies.items():
+            if policy.live and policy.position is not None and name not in step.members:
+                policy.position, policy.joins = None, True  # it came too late for this step
         batch.done += 1
         self.position = Position(now.lineage, now.version, now.step + 1)
         self._end_batch_if_over()

@@ -61,9 +61,9 @@ def _keep_join(turn: Turn) -> bool:
         _end_join(turn, f"{joiner.name} is up to date")
         return True
     live = state.meshes.meshes
-    if joiner.state == "stale" and join.state_mesh in live and join.gradients_mesh in live:
-        if same(join.members, [member(replica) for replica in (*members(turn), joiner)]):
-            return False
+    stands = joiner.state == "stale" and join.state_mesh in live and join.gradients_mesh in live
+    if stands and same(join.members, [member(replica) for replica in (*members(turn), joiner)]):
+        return False
     _end_join(turn, f"{join.joiner} cannot join as it was to")
     if all(state.fleet.is_current(m.replica, m.incarnation) for m in join.members):
         _pause(turn)  # nobody was lost: it is the network, or one of them
