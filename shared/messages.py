@@ -146,7 +146,7 @@ class MeshIdentity(Part):
     is the ncclUniqueId.
     """
 
-    purpose: Literal["gradients", "weights"]
+    purpose: Literal["gradients", "state", "weights"]
     epoch: int
     backend: Literal["gloo", "nccl"]
     unique_id: bytes
@@ -245,17 +245,21 @@ class LoadState(Message):
 
     `initial`: policy loads the recipe's weights, rollout and evaluator build an engine whose weights come by sync.
     `checkpoint`: policy loads the checkpoint at `path` (model, optimizer, scheduler, RNG) as `position`.
+    `peer`: policy builds the model and forgets what it holds; its state comes from another policy (`ReceiveState`).
     """
 
-    source: Literal["initial", "checkpoint"]
+    source: Literal["initial", "checkpoint", "peer"]
     position: Position
     path: str
 
 
 class StateLoaded(Message):
-    """Replica -> controller: the model stands. A policy holds `position`, others nothing until their first sync."""
+    """Replica -> controller: the model stands. A policy holds `position`, others nothing until their first sync.
 
-    position: Position
+    None: a policy whose state is to come from another one.
+    """
+
+    position: Position | None
 
 
 class ReplicaFailed(Message):
@@ -410,6 +414,61 @@ class CheckpointFailed(Message):
     cause: str
 
 
+# --- policies that join, and stay equal -------------------------------------------------------------------------------
+
+
+class SendState(Message):
+    """Controller -> policy: stage the whole state of `position`, send it over the mesh of `epoch`. -> `StateSent`.
+
+    Ordered before the first step of a batch, so that the receiver misses nothing that the batch needs.
+    """
+
+    epoch: int
+    position: Position
+
+
+class ReceiveState(Message):
+    """Controller -> policy: take the state of `position` from rank 0 of the mesh of `epoch`. -> `StateReceived`.
+
+    The next order is the step that starts from it, with an empty share.
+    """
+
+    epoch: int
+    position: Position
+
+
+class StateSent(Message):
+    """Policy -> controller: the staged state went out; `digest` is of what was staged."""
+
+    epoch: int
+    position: Position
+    digest: str
+    bytes: int
+    seconds: float
+
+
+class StateReceived(Message):
+    """Policy -> controller: this replica holds `position`; `digest` is of its state as it is now."""
+
+    epoch: int
+    position: Position
+    digest: str
+    seconds: float
+
+
+class CheckState(Message):
+    """Controller -> policy: what is the digest of your state at `position`? Ordered with each checkpoint."""
+
+    position: Position
+
+
+class StateDigest(Message):
+    """Policy -> controller, answers `CheckState`; another digest than the writer's makes the replica join again."""
+
+    position: Position
+    digest: str
+
+
 # --- meshes and weights -----------------------------------------------------------------------------------------------
 
 
@@ -551,6 +610,7 @@ AnyMessage = (
     | Lease | GroupReport | LeaseReturned | RevokeLease
     | TrainStep | GradientsReady | CommitStep | StepApplied | AbortStep
     | SaveCheckpoint | CheckpointSaved | CheckpointFailed
+    | SendState | ReceiveState | StateSent | StateReceived | CheckState | StateDigest
     | FormMesh | MeshFormed | MeshFailed | RevokeMesh | StoreSet | StoreGet | StoreValue
     | SendWeights | ReceiveWeights | WeightsSent | WeightsLoaded | WeightsFailed
     | StatusRequest | Status | StopRun | SetHyperparameters | ReplicaExited | Accepted

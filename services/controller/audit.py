@@ -54,6 +54,7 @@ class Audit:
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     gone: Counter[str] = field(default_factory=Counter)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
     outcome: str = "unfinished"
 
     @property
@@ -80,6 +81,13 @@ class Audit:
         text.append(f"staleness: at most {self.staleness}, bound {self.bound}")
         if self.gone:
             text.append("replicas gone: " + ", ".join(f"{state} {count}" for state, count in sorted(self.gone.items())))
+        if self.comparisons:
+            last, different = self.comparisons[-1], sum(bool(each["different"]) for each in self.comparisons)
+            verdict = f"different: {', '.join(last['different'])}" if last["different"] else "equal"
+            text.append(
+                f"policies compared {len(self.comparisons)} times, {different} with a difference; "
+                f"the last time, at step {last['step']}, {len(last['digests'])} of them were {verdict}"
+            )
         for evaluation in self.evaluations:
             share = evaluation["correct"] / evaluation["n"]
             text.append(
@@ -234,6 +242,9 @@ class _Fold:
 
     def evaluated(self, fact: dict[str, Any]) -> None:
         self._audit.evaluations.append(fact)
+
+    def compared(self, fact: dict[str, Any]) -> None:
+        self._audit.comparisons.append(fact)
 
     def finished(self, fact: dict[str, Any]) -> None:
         self._audit.outcome = fact["outcome"]

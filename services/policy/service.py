@@ -27,6 +27,7 @@ from services.policy import checkpoint
 from services.policy.batch import BatchError, Frame
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
+from services.policy.peers import Peers
 from services.policy.sft_rows import SftRows
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
 from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
@@ -41,6 +42,7 @@ from shared.messages import (
     AnyMessage,
     CheckpointFailed,
     CheckpointSaved,
+    CheckState,
     CommitStep,
     Drain,
     FormMesh,
@@ -49,12 +51,14 @@ from shared.messages import (
     LeaseReturned,
     LoadState,
     MeshMember,
+    ReceiveState,
     Refused,
     Registered,
     ReplicaFailed,
     RevokeLease,
     RevokeMesh,
     SaveCheckpoint,
+    SendState,
     SendWeights,
     Shutdown,
     StateLoaded,
@@ -90,7 +94,9 @@ class PolicyService:
             self._tell,
             interface=recipe.weights.interface,
             operation_timeout_s=recipe.timeouts.transfer_s,
+            reduction_timeout_s=recipe.timeouts.step_s / 2,  # so that a member says so before the step has run out
         )
+        self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._publisher = Publisher(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._trainer: Trainer | None = None
         self._model: PreTrainedModel | None = None
@@ -111,6 +117,9 @@ class PolicyService:
             AbortStep: ("waiting", self._abort_step),
             SaveCheckpoint: ("saving", self._save_checkpoint),
             SendWeights: ("staging", self._send_weights),
+            SendState: ("staging", self._send_state),
+            ReceiveState: ("receiving", self._receive_state),
+            CheckState: ("checking", self._check_state),
             Drain: ("draining", self._drain),
             Shutdown: ("leaving", self._shutdown),
         }
@@ -133,6 +142,7 @@ class PolicyService:
         finally:
             self._ended.set()
             self._publisher.close()
+            self._peers.close()
             self._meshes.close("this replica leaves")
 
     def _receive(self) -> None:
@@ -193,15 +203,13 @@ class PolicyService:
         self._log.warning("the controller refused a message", **msgspec.structs.asdict(message))
 
     def _load_state(self, message: LoadState, _frames: Sequence[Frame]) -> None:
+        if message.source == "peer":
+            self._await_state()
+            return
         if self._trainer is None or self._trainer.position != message.position:
             started = time.perf_counter()
-            self._trainer, self._model, self._rows = None, None, None  # give the memory back first
-            torch.manual_seed(self._recipe.run.seed)
-            self._model = load_model(self._recipe.model, self._recipe.run.seed, weights=message.source == "initial")
-            self._tokenizer = load_tokenizer(self._recipe.model)
-            context = int(self._model.config.get_text_config().max_position_embeddings)
-            self._rows = SftRows(self._datasets, self._tokenizer, context)
-            trainer = Trainer(self._model, self._recipe, message.position, self._meshes.using)
+            model = self._make_model(weights=message.source == "initial")
+            trainer = Trainer(model, self._recipe, message.position, self._meshes.using)
             if message.source == "checkpoint":
                 checkpoint.load(trainer, self._run_folder / message.path, message.position)
             self._trainer = trainer
@@ -209,6 +217,24 @@ class PolicyService:
             self._log.info("model loaded", source=message.source, step=message.position.step, seconds=seconds)
         self._client.hold(message.position)
         self._client.send(StateLoaded(message.position))
+
+    def _await_state(self) -> None:
+        """Forget what is held; the model stands, and another policy's state will come into it."""
+        self._trainer = None
+        self._client.hold(None)
+        if self._model is None:
+            self._make_model(weights=False)
+        self._log.info("the model stands; its state comes from another policy")
+        self._client.send(StateLoaded(None))
+
+    def _make_model(self, *, weights: bool) -> PreTrainedModel:
+        self._trainer, self._model, self._rows = None, None, None  # give the memory back first
+        torch.manual_seed(self._recipe.run.seed)
+        self._model = load_model(self._recipe.model, self._recipe.run.seed, weights=weights)
+        self._tokenizer = load_tokenizer(self._recipe.model)
+        context = int(self._model.config.get_text_config().max_position_embeddings)
+        self._rows = SftRows(self._datasets, self._tokenizer, context)
+        return self._model
 
     def _lease(self, message: Lease, _frames: Sequence[Frame]) -> None:
         if self._rows is None:
@@ -230,9 +256,11 @@ class PolicyService:
         self._log.info("leases revoked", count=len(message.leases), why=message.cause)
 
     def _train_step(self, message: TrainStep, frames: Sequence[Frame]) -> None:
-        trainer = self._loaded()
+        if self._trainer is None:  # its state did not arrive: the controller was told, and takes the attempt back
+            self._log.warning("a step came, but no state to start it from", step=message.step, attempt=message.attempt)
+            return
         with suppress(MeshError):  # the controller was told as MeshFailed and takes the attempt back
-            self._client.send(trainer.compute(message, frames))
+            self._client.send(self._trainer.compute(message, frames))
 
     def _commit_step(self, message: CommitStep, _frames: Sequence[Frame]) -> None:
         applied = self._loaded().apply(message)
@@ -241,7 +269,8 @@ class PolicyService:
 
     def _abort_step(self, message: AbortStep, _frames: Sequence[Frame]) -> None:
         self._log.info("step aborted", step=message.step, attempt=message.attempt, why=message.cause)
-        self._loaded().drop(message.step, message.attempt, message.lineage)
+        if self._trainer is not None:
+            self._trainer.drop(message.step, message.attempt, message.lineage)
 
     def _save_checkpoint(self, message: SaveCheckpoint, _frames: Sequence[Frame]) -> None:
         trainer = self._loaded()
@@ -276,6 +305,32 @@ class PolicyService:
             self._publisher.offer(message.position, stage(trainer.model))
         self._publisher.publish(message)
 
+    def _send_state(self, message: SendState, _frames: Sequence[Frame]) -> None:
+        trainer = self._loaded()
+        trainer.adopt(message.position)
+        self._peers.send(message, trainer)
+
+    def _receive_state(self, message: ReceiveState, _frames: Sequence[Frame]) -> None:
+        if self._model is None:
+            raise TrainerError("a state came before the model was made: expected LoadState first")
+        if self._peers.answer_again(message, self._trainer):
+            return
+        self._trainer = None  # what the model held is about to be overwritten
+        self._client.hold(None)
+        started = time.perf_counter()
+        trainer = self._peers.receive(message, lambda at: Trainer(self._built(), self._recipe, at, self._meshes.using))
+        if trainer is None:
+            return
+        self._trainer = trainer
+        self._client.hold(trainer.position)
+        seconds = round(time.perf_counter() - started, 3)
+        self._log.info("state received", step=trainer.position.step, version=trainer.position.version, seconds=seconds)
+
+    def _check_state(self, message: CheckState, _frames: Sequence[Frame]) -> None:
+        trainer = self._loaded()
+        trainer.adopt(message.position)
+        self._peers.check(message, trainer)
+
     def _drain(self, message: Drain, _frames: Sequence[Frame]) -> int:
         self._log.info("drained", why=message.cause)  # leases are answered at once: nothing is to be handed back
         return EXIT_DONE
@@ -283,6 +338,10 @@ class PolicyService:
     def _shutdown(self, message: Shutdown, _frames: Sequence[Frame]) -> int:
         self._log.info("the run is over", why=message.cause)
         return EXIT_DONE
+
+    def _built(self) -> PreTrainedModel:
+        assert self._model is not None
+        return self._model
 
     def _loaded(self) -> Trainer:
         if self._trainer is None:

@@ -22,8 +22,9 @@ _REMEMBERED = 256
 class MeshMembership:
     """Forms and keeps the meshes of one rank; thread-safe.
 
-    `request` and `send` are the bus client's. `interface` is the network interface, `operation_timeout_s` bounds every
-    operation on a mesh. `form` and `revoke` never block: call them from the thread that receives messages.
+    `request` and `send` are the bus client's. `interface` is the network interface; `operation_timeout_s` bounds every
+    operation on a mesh, `reduction_timeout_s` those on a gradients mesh. `form` and `revoke` never block: call them
+    from the thread that receives messages.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class MeshMembership:
         *,
         interface: str,
         operation_timeout_s: float,
+        reduction_timeout_s: float | None = None,
     ) -> None:
         self._member = member
         self._request = request
         self._send = send
         self._interface = interface
         self._operation_timeout_s = operation_timeout_s
+        self._reduction_timeout_s = reduction_timeout_s or operation_timeout_s
         self._lock = threading.Lock()
         self._forming: set[int] = set()
         self._formed: dict[int, Mesh] = {}
@@ -106,7 +109,9 @@ class MeshMembership:
                 cast(Request, self._request),  # rendezvous asks with messages of the protocol only
                 interface=self._interface,
                 form_timeout_s=message.timeout_s,
-                operation_timeout_s=self._operation_timeout_s,
+                operation_timeout_s=(
+                    self._reduction_timeout_s if identity.purpose == "gradients" else self._operation_timeout_s
+                ),
             )
         except Exception as error:  # this thread has no caller: whatever it was, the controller has to hear it
             self._fail(identity.epoch, f"{type(error).__name__}: {error}")

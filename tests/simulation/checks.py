@@ -286,9 +286,25 @@ class Checks:
                     true = self._by_version.get((held.lineage, held.version))
                     if true != chain:
                         self.broken(f"{replica.name} is ready with {held} as {chain}, but that is {true}")
+        self._check_members(core)
         committed = state.lineages.committed
         if committed.step < state.lineages.settled.step or committed.version < state.lineages.settled.version:
             self.broken(f"committed {committed} is behind settled {state.lineages.settled}")
+
+    def _check_members(self, core: Core) -> None:
+        """Several policies compute a step over a mesh of exactly them; a stale one is in it only as its joiner."""
+        state, step = core.state, core.state.steps.step
+        if step is None or step.state != "computing":
+            return
+        for name in step.shares:
+            replica, join = state.fleet.replicas[name], state.joining.join
+            joins = join is not None and (join.joiner, join.position) == (name, state.lineages.committed)
+            if not (replica.state == "ready" and replica.position == state.lineages.committed) and not joins:
+                self.broken(f"{name} computes step {step.step}, and is {replica.state} with {replica.position}")
+        mesh = state.meshes.meshes.get(step.mesh or 0)
+        named = sorted(member.replica for member in mesh.members) if mesh is not None else sorted(step.shares)
+        if named != sorted(step.shares) or (step.mesh is None and len(step.shares) > 1):
+            self.broken(f"step {step.step} of {sorted(step.shares)} is reduced over a mesh of {named}")
 
     def _check_judged(self, fact: Judged) -> None:
         """What a verdict rests on was sampled with exactly the weights that it is about."""
@@ -390,6 +406,9 @@ class Checks:
             idle = [epoch for epoch in epochs if epoch not in state.weights.edges]
             if len(idle) > 2 * recipe.weights.fanout + 2:
                 self.broken(f"{name} stands in {len(idle)} meshes that nobody uses")
+        between = [mesh for mesh in state.meshes.meshes.values() if mesh.purpose != "weights"]
+        if len(between) > 4:
+            self.broken(f"{len(between)} meshes of the policies live")
         for name, keys in state.sent.items():
             if len(keys) > 100:
                 self.broken(f"{len(keys)} orders of {name} are remembered")

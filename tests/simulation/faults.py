@@ -131,7 +131,8 @@ def _foreign_data(fleet: Fleet, fault: Fault) -> None:
 
 
 def _second_policy(fleet: Fleet, fault: Fault) -> None:
-    fleet.start_stranger("policy-1", DATASETS, fault.seconds)
+    """One that nobody asked for: it joins the others, and ends; a deterministic run refuses it."""
+    fleet.start_stranger("policy-7", DATASETS, fault.seconds)
 
 
 # --- controller, disk, clock ------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ used, revoked. An epoch is used once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shared.messages import (
     AnyMessage,
     FormMesh,
@@ -89,12 +91,18 @@ class Membership:
         """Take what the source broadcasts."""
         self._use(epoch, done, None)
 
+    def add_up(self, epoch: int, content: str, combine: Callable[[list[str]], str], done: Done) -> None:
+        """Sum over all members."""
+        self._use(epoch, done, content, combine)
+
     def close(self, cause: str) -> None:
         """Leave all."""
         for epoch in [*self._formed, *self._forming]:
             self._leave(epoch, cause)
 
-    def _use(self, epoch: int, done: Done, content: str | None) -> None:
+    def _use(
+        self, epoch: int, done: Done, content: str | None, combine: Callable[[list[str]], str] | None = None
+    ) -> None:
         if epoch not in self._formed:
             state = "is forming" if epoch in self._forming else self._ended.get(epoch, "was never formed here")
             done(None, f"no mesh of epoch {epoch}: {state}")
@@ -108,9 +116,12 @@ class Membership:
                 self._fail(epoch, cause)
             done(what, cause)
 
-        timeout_s = self._process.fleet.plan.recipe.timeouts.transfer_s
+        timeouts = self._process.fleet.plan.recipe.timeouts
+        timeout_s = timeouts.transfer_s if combine is None else timeouts.step_s / 2
         awake = lambda what, cause: self._process.when_awake(lambda: over(what, cause))  # noqa: E731
-        if content is None:
+        if content is not None and combine is not None:
+            group.add_up(index, content, combine, awake, timeout_s)
+        elif content is None:
             group.receive(index, awake, timeout_s)
         else:
             group.send(content, awake, timeout_s)

@@ -1,4 +1,5 @@
-"""The data plane: process groups that ranks form over the controller's rendezvous, and broadcasts of weights on them.
+"""The data plane: process groups that ranks form over the controller's rendezvous; broadcasts of weights and sums of
+gradients on them.
 
 A member's n-th receive takes what the source's n-th send brings, whatever each believes it to be, as in a real
 collective. A member that leaves, or dies, fails the operations that need it: at once, or, when chance says so, only
@@ -36,6 +37,7 @@ class Group:
         self._gone: dict[int, str] = {}
         self._sends: list[tuple[_Operation, str, dict[int, None]]] = []
         self._receives: dict[int, list[_Operation]] = {}
+        self._sums: dict[int, list[tuple[_Operation, str]]] = {}
 
     def send(self, content: str, done: Done, timeout_s: float) -> None:
         """The source's next broadcast."""
@@ -55,6 +57,23 @@ class Group:
             self._fail(operation, f"the source has left: {self._gone[0]}")
         self._match(member, len(mine) - 1)
 
+    def add_up(
+        self, member: int, content: str, combine: Callable[[list[str]], str], done: Done, timeout_s: float
+    ) -> None:
+        """A member's next sum: it ends when the n-th of every member has begun."""
+        operation = self._begin(member, done, timeout_s)
+        mine = self._sums.setdefault(member, [])
+        mine.append((operation, content))
+        for gone, cause in self._gone.items():
+            self._fail(operation, f"member {gone} has left: {cause}")
+        number = len(mine) - 1
+        if any(len(self._sums.get(other, ())) <= number for other in range(self._size)):
+            return
+        together = [self._sums[other][number] for other in range(self._size)]
+        total = combine([content for _, content in together])
+        for each, _ in together:  # they don't end together: a member that dies then leaves some with the sum, some not
+            self._world.after(0.02 + 0.3 * self._chance.random(), lambda each=each: each.end(total, ""))  # type: ignore[misc]
+
     def leave(self, member: int, cause: str) -> None:
         """A member aborts, is revoked or dies."""
         if member in self._gone:
@@ -62,6 +81,12 @@ class Group:
         self._gone[member] = cause
         for operation in self._receives.get(member, []):
             operation.end(None, cause)
+        for other, sums in self._sums.items():
+            for operation, _ in sums:
+                if other == member:
+                    operation.end(None, cause)
+                else:
+                    self._fail(operation, f"member {member} has left: {cause}")
         for operation, _, served in self._sends:
             if member == 0:
                 operation.end(None, cause)

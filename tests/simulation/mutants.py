@@ -335,6 +335,48 @@ MUTANTS = [
             ),
         ),
     ),
+    Mutant(
+        "a joiner is a member whatever its digest",
+        0,
+        ((f"{CORE}/rules/joining.py", "    if join.sent != join.received:\n", "    if False:\n"),),
+    ),
+    Mutant(
+        "committed before the joiner has proved its state",
+        0,
+        ((f"{CORE}/rules/training.py", "    if undecided(turn):\n        return False\n", ""),),
+    ),
+    Mutant(
+        "a policy joins in the middle of a batch",
+        0,
+        ((f"{CORE}/rules/members.py", "batch.index == 0 and _stands(turn, join)", "_stands(turn, join)"),),
+    ),
+    Mutant(
+        "a step waits for ever for a mesh that was revoked",
+        0,
+        (
+            (
+                f"{CORE}/rules/joining.py",
+                "step.mesh is None or step.mesh in state.meshes.meshes:",
+                "step.mesh is None or True:",
+            ),
+        ),
+    ),
+    Mutant(
+        "a policy that missed a commit stays as it is",
+        0,
+        ((f"{CORE}/rules/joining.py", "replica.name not in holding]", "False]"),),
+    ),
+    Mutant(
+        "a step of several begins before their mesh has formed",
+        0,
+        (
+            (
+                f"{CORE}/rules/members.py",
+                'if mesh is not None and mesh.state == "formed" else None',
+                "if mesh is not None else None",
+            ),
+        ),
+    ),
 ]
 
 

@@ -6,6 +6,7 @@ chain before, the assignment and the samples in it. Equal chains are equal weigh
 
 from __future__ import annotations
 
+import json
 from hashlib import blake2b
 
 import msgspec
@@ -51,8 +52,30 @@ def rewards(content: str, samples: int) -> list[float]:
     return [float(int(content[i], 16) % 3 == 0) for i in range(samples)]
 
 
-def apply(chain: str, step: TrainStep, sampled: list[Sampled]) -> str:
-    """The state after a step: what was learnt, in which order, from which state, with which hyper-parameters."""
-    learnt = [(s.content, g.advantages, g.temperature, g.lengths) for s, g in zip(sampled, step.groups, strict=True)]
+def gradient(chain: str, step: TrainStep, sampled: list[Sampled], *, finite: bool) -> str:
+    """What a member learns from its share, beginning from its state; a joiner has no share, and brings no state."""
+    parts = [
+        (g.group, s.content, g.advantages, g.temperature, g.lengths) for s, g in zip(sampled, step.groups, strict=True)
+    ]
+    return json.dumps([parts, [chain] if parts else [], finite])
+
+
+def combine(gradients: list[str]) -> str:
+    """The sum over members: it is the same whoever computed which share."""
+    told = [json.loads(each) for each in gradients]
+    parts = sorted(part for parts, _, _ in told for part in parts)
+    return json.dumps([parts, sorted({chain for _, chains, _ in told for chain in chains}), all(t[2] for t in told)])
+
+
+def finite(total: str) -> bool:
+    """Whether a sum is of finite numbers."""
+    return bool(json.loads(total)[2])
+
+
+def apply(chain: str, step: TrainStep, total: str) -> str:
+    """The state after a step: what was learnt, from which state, with which hyper-parameters."""
+    parts, chains, _ = json.loads(total)
+    if chains != [chain]:
+        chain = f"{chain}, moved by gradients of {chains}"
     rest = (step.stage, step.index, step.steps_in_batch, step.tokens, step.sequences)
-    return digest(chain, learnt, rest, sorted(step.hyperparameters.items()))
+    return digest(chain, [part[1:] for part in parts], rest, sorted(step.hyperparameters.items()))

@@ -84,6 +84,8 @@ def plan_of(seed: int) -> Plan:
     segment_bytes = draw.choice([1 << 10, 1 << 14, 1 << 20])
     replicas = {name: draw.choice([1, 1, 1, 2, 3]) for name in names}
     speed = {name: draw.choice([0.5, 1.0, 1.0, 1.0, 2.0]) for name in names}
+    if not deterministic:
+        _draw_policies(seed, tree, replicas, speed)
     if evaluation:
         _draw_evaluators(seed, deterministic, tree, replicas, speed)
     _draw_fanout(seed, deterministic, tree, replicas, speed)
@@ -100,6 +102,16 @@ def _draw_fanout(
         for number in range(4, 4 + draw.randint(2, 5)):
             replicas[f"rollout-{number}"] = draw.choice([1, 1, 2])
             speed[f"rollout-{number}"] = draw.choice([0.5, 1.0, 2.0, 6.0])
+
+
+def _draw_policies(seed: int, tree: dict[str, Any], replicas: dict[str, int], speed: dict[str, float]) -> None:
+    """Several policies in some lives; from a stream of its own, so that the others are what they were before."""
+    draw = random.Random(f"{seed}/policies")
+    count = draw.choice([1, 1, 2, 3])
+    tree["policy"] = {"replicas": count}
+    for number in range(1, count):
+        replicas[f"policy-{number}"] = draw.choice([1, 1, 2])
+        speed[f"policy-{number}"] = draw.choice([0.5, 1.0, 1.0, 2.0])
 
 
 def _draw_evaluators(

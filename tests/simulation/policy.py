@@ -1,4 +1,5 @@
-"""A model of the policy service: one order after the other, the trainer's state machine, a publisher beside it.
+"""A model of the policy service: one order after the other, the trainer's state machine, a publisher beside it, and
+what it sends to its peers.
 
 Its weights are a chain (see payload.py). What the real trainer would refuse with an error is a violation here: the
 controller must never give such an order. Handling takes virtual time; a process that dies on the way has done nothing.
@@ -15,6 +16,7 @@ from shared.messages import (
     AnyMessage,
     CheckpointFailed,
     CheckpointSaved,
+    CheckState,
     CommitStep,
     Drain,
     FormMesh,
@@ -24,12 +26,17 @@ from shared.messages import (
     LeaseRef,
     LoadState,
     Position,
+    ReceiveState,
     ReplicaFailed,
     RevokeMesh,
     SaveCheckpoint,
+    SendState,
     SendWeights,
     Shutdown,
+    StateDigest,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     TrainStep,
     WeightsFailed,
@@ -37,6 +44,7 @@ from shared.messages import (
 )
 from tests.simulation import payload
 from tests.simulation.membership import Membership
+from tests.simulation.meshes import Done
 from tests.simulation.process import EXIT_DONE, EXIT_FAILED, Rank
 
 
@@ -55,6 +63,9 @@ class Policy:
         self._busy = False
         self._staged: tuple[Position, str] | None = None
         self._transfers: dict[tuple[int, Position], WeightsSent | None] = {}
+        self._states: dict[int, StateSent | None] = {}
+        self._received: StateReceived | None = None
+        self._digests: dict[Position, str] = {}
         self._chance = process.world.chance(f"service {process.name}")
         self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
         process.on_message = self._take
@@ -82,17 +93,29 @@ class Policy:
         seconds, done = self._handle(message, frames)
 
         def finish() -> None:
-            self._busy = False
-            if done is not None:
-                done()
-            self._next()
+            if done is None or done() is None:
+                self._go_on()
 
         if seconds == 0.0:
             self.process.world.after(0.0, lambda: self.process.when_awake(finish))
         else:
             self.process.later(seconds * self._speed * (0.5 + self._chance.random()), finish)
 
-    def _handle(self, message: AnyMessage, frames: Frames) -> tuple[float, Callable[[], None] | None]:
+    def _go_on(self) -> None:
+        self._busy = False
+        self._next()
+
+    def _wait(self, begin: Callable[[Done], None], then: Done) -> bool:
+        """Begin something on a mesh and take no other order before it has ended; True, for `finish` not to go on."""
+
+        def over(what: str | None, cause: str) -> None:
+            then(what, cause)
+            self._go_on()
+
+        begin(lambda what, cause: self.process.later(0.0, lambda: over(what, cause)))
+        return True
+
+    def _handle(self, message: AnyMessage, frames: Frames) -> tuple[float, Callable[[], object] | None]:
         """How long an order takes, and what happens at its end."""
         match message:
             case LoadState():
@@ -109,6 +132,12 @@ class Policy:
                 return 0.6, lambda: self._save(message)
             case SendWeights():
                 return 0.05, lambda: self._publish(message)
+            case SendState():
+                return 0.05, lambda: self._send_state(message)
+            case ReceiveState():
+                return 0.01, lambda: self._receive_state(message)
+            case CheckState():
+                return 0.02, lambda: self._check_state(message)
             case Shutdown() | Drain():
                 self.process.leave(EXIT_DONE, message.cause)
         return 0.0, None
@@ -116,6 +145,10 @@ class Policy:
     # --- loading and leases -------------------------------------------------------------------------------------------
 
     def _load(self, message: LoadState) -> None:
+        if message.source == "peer":
+            self._forget()
+            self.process.send(StateLoaded(None))
+            return
         if self.position != message.position:
             if message.source == "initial":
                 chain = payload.INITIAL
@@ -154,28 +187,44 @@ class Policy:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def _train(self, step: TrainStep, frames: Frames) -> None:
+    def _train(self, step: TrainStep, frames: Frames) -> bool | None:
         if self._hand is not None and _names(self._hand[0]) == _names(step):
             self.process.send(self._hand[2])
-            return
+            return None
         if self._applied is not None and self._applied[0] == CommitStep(step.step, step.attempt, step.position.lineage):
             self.process.send(self._applied[1])
-            return
+            return None
+        if self.position is None:
+            return None  # its state did not arrive
         if step.index == 0:
             self._adopt(step.position)
         if step.position != self.position:
             self._fail(f"step {step.step} starts from {step.position}, it holds {self.position}")
-            return
+            return None
         if step.index == 0:
             self._batch_began = self.position
         elif self._batch_began is None:
             self._fail(f"step {step.step} is number {step.index} of a batch whose first it has not seen")
-            return
+            return None
         sampled = [payload.decode(frame) for frame in frames]
         self.fleet.checks.assigned(self.process.name, step, sampled)
-        finite = not self.fleet.votes_nan()
+        self._hand = None
+        own = payload.gradient(self.chain, step, sampled, finite=not self.fleet.votes_nan())
+        if step.mesh is None:
+            self._vote(step, payload.combine([own]))
+            return None
+        mesh = step.mesh
+
+        def reduced(total: str | None, cause: str) -> None:
+            if total is not None:
+                self._vote(step, total)
+
+        return self._wait(lambda done: self.meshes.add_up(mesh, own, payload.combine, done), reduced)
+
+    def _vote(self, step: TrainStep, total: str) -> None:
+        finite = payload.finite(total)
         vote = GradientsReady(step.step, step.attempt, step.position.lineage, finite, {"loss": 1.0})
-        self._hand = (step, payload.apply(self.chain, step, sampled), vote)
+        self._hand = (step, payload.apply(self.chain, step, total), vote)
         self.process.send(vote)
 
     def _commit(self, commit: CommitStep) -> None:
@@ -210,6 +259,65 @@ class Policy:
         if same and held is not None and held.version < position.version:
             self._hold(position, self.chain)
             self._batch_began = None
+
+    # --- peers --------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self.position, self.chain = None, ""
+        self._batch_began, self._hand, self._applied, self._staged = None, None, None, None
+        self.process.standing.hold(None)
+
+    def _send_state(self, message: SendState) -> None:
+        if message.epoch in self._states:
+            known = self._states[message.epoch]
+            if known is not None:
+                self.process.send(known)
+            return
+        self._adopt(message.position)
+        if self.position != message.position:
+            self.fleet.checks.broken(f"{self.process.name} was told to send {message.position}, holds {self.position}")
+        chain = self.chain
+        self._states = {message.epoch: None}
+
+        def done(what: str | None, cause: str) -> None:
+            if what is not None:
+                sent = StateSent(message.epoch, message.position, chain, 10, 0.1)
+                self._states[message.epoch] = sent
+                self.process.send(sent)
+
+        self.meshes.send(message.epoch, chain, done)
+
+    def _receive_state(self, message: ReceiveState) -> bool | None:
+        known = self._received if self.position is not None else None
+        if known is not None and (known.epoch, known.position) == (message.epoch, message.position):
+            self.process.send(known)
+            return None
+        self._forget()
+
+        def done(what: str | None, cause: str) -> None:
+            if what is None:
+                return
+            chain = self.fleet.corrupt(what)
+            if chain == what:
+                self._hold(message.position, chain)
+            else:
+                self.position, self.chain = message.position, chain
+            self.process.standing.hold(message.position)
+            self._received = StateReceived(message.epoch, message.position, chain, 0.1)
+            self.process.send(self._received)
+
+        return self._wait(lambda over: self.meshes.receive(message.epoch, over), done)
+
+    def _check_state(self, message: CheckState) -> None:
+        if message.position not in self._digests:
+            if self.position is None:
+                return
+            self._adopt(message.position)
+            if self.position != message.position or self._batch_began not in (None, self.position):
+                self.process.world.say(f"{self.process.name} is asked about {message.position}, holds {self.position}")
+                return
+            self._digests[message.position] = self.chain
+        self.process.send(StateDigest(message.position, self._digests[message.position]))
 
     # --- checkpoints and weights --------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
 from services.controller.core.orders import give_orders
 from services.controller.core.outcome import Joined, Outcome, Reported, StageBegan, Welcome
-from services.controller.core.rules import judging, leasing, losing, saving, syncing, training
+from services.controller.core.rules import joining, judging, leasing, losing, mustering, saving, syncing, training
 from services.controller.core.state import State, Turn, initial_state
 from shared.config import Recipe
 from shared.messages import (
@@ -44,7 +44,10 @@ from shared.messages import (
     Register,
     ReplicaFailed,
     RevokeMesh,
+    StateDigest,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     WeightsFailed,
     WeightsLoaded,
@@ -53,11 +56,14 @@ from shared.messages import (
 
 RULES = (
     training.close_step,
+    mustering.muster,
+    joining.close_comparison,
     saving.stop_run,
     saving.turn_stage,
     saving.save_regularly,
     saving.close_run,
     losing.roll_back_if_orphaned,
+    joining.keep_members,
     judging.judge_rows,
     judging.cancel_round,
     judging.close_round,
@@ -233,8 +239,12 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
         case StateLoaded():
             turn.progress()
             if replica.role == "policy":
-                state.fleet.hold(replica, message.position)
-            state.fleet.move(replica, "ready" if replica.role == "policy" else "stale", state.now)
+                replica.doubtful = False
+                current = message.position == state.lineages.committed
+                state.fleet.hold(replica, message.position if current else None)
+                state.fleet.move(replica, "ready" if current else "stale", state.now)
+            else:
+                state.fleet.move(replica, "stale", state.now)
             syncing.consider(turn, replica)
         case GroupReport():
             _take_report(turn, message, spooled)
@@ -254,10 +264,18 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
             saving.checkpoint_saved(turn, message.position, message.path)
         case CheckpointFailed():
             saving.checkpoint_failed(turn, message.cause)
+        case StateSent():
+            joining.state_sent(turn, message.digest)
+        case StateReceived():
+            joining.state_received(turn, message.digest)
+        case StateDigest():
+            if state.joining.comparison is not None:
+                state.joining.comparison.digests[replica.name] = message.digest
         case MeshFormed():
             if state.meshes.member_formed(message.epoch, replica.name):
                 syncing.mesh_formed(turn, message.epoch)
         case MeshFailed():
+            joining.mesh_failed(turn, message.epoch, replica.name)
             syncing.revoke_mesh(turn, message.epoch, f"{replica.name}: {message.cause}", failed=True)
         case WeightsSent():
             syncing.weights_sent(turn, message)

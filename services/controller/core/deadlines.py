@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from services.controller.core.ledger import PURPOSES
+from services.controller.core.rules.joining import join_ran_out, mesh_failed
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.rules.losing import lose
 from services.controller.core.rules.saving import checkpoint_failed
@@ -42,6 +43,13 @@ def _moments(state: State, recipe: Recipe) -> Iterator[float]:
         yield state.lineages.saving.deadline
     if state.stages.stopping:
         yield state.stages.stop_deadline
+    if state.joining.join is not None and state.joining.join.deadline is not None:
+        yield state.joining.join.deadline
+    if state.joining.comparison is not None:
+        yield state.joining.comparison.deadline
+    if state.joining.not_before > state.now:
+        yield state.joining.not_before
+    yield from state.mustering.until.values()
     for retry in state.meshes.retries.values():
         if retry.not_before > state.now:
             yield retry.not_before
@@ -60,6 +68,7 @@ def expire(turn: Turn) -> None:
     for mesh in [state.meshes.meshes[epoch] for epoch in state.meshes.unformed]:
         if mesh.deadline <= now:
             missing = [m.replica for m in mesh.members if m.replica not in mesh.formed]
+            mesh_failed(turn, mesh.epoch, "")
             revoke_mesh(turn, mesh.epoch, f"{', '.join(missing)} did not form it within timeouts.mesh_s", failed=True)
     _expire_step(turn)
     for edge in list(state.weights.edges.values()):
@@ -67,6 +76,9 @@ def expire(turn: Turn) -> None:
             revoke_mesh(turn, edge.epoch, "the transfer took longer than timeouts.transfer_s", failed=True)
         elif edge.since + turn.recipe.weights.slow_s <= now:
             state.weights.free[edge.source] = None  # it counts no longer: the source may have room again
+    joiner = join_ran_out(turn)
+    if joiner is not None:
+        lose(turn, joiner, "it did not take the others' state within timeouts.transfer_s")
     saving = state.lineages.saving
     if saving is not None and saving.deadline <= now:
         checkpoint_failed(turn, f"{saving.replica} did not answer within timeouts.checkpoint_s")
@@ -88,6 +100,11 @@ def _expire_step(turn: Turn) -> None:
         step.deadline = (
             state.now + turn.recipe.timeouts.step_s
         )  # all have voted; the commit waits for a straggler's lease
+    if late and step.mesh is not None and not answered and step.state == "computing":
+        # each waits for the others' gradients, and nobody knows for whose: the mesh ends, the step is assigned anew
+        mesh_failed(turn, step.mesh, "")
+        revoke_mesh(turn, step.mesh, f"step {step.step} waited past timeouts.step_s", failed=True)
+        return
     for name in late:
         lose(turn, state.fleet.replicas[name], f"step {step.step} was {step.state} and waited past timeouts.step_s")
 

@@ -20,7 +20,10 @@ from shared.messages import (
     Register,
     ReplicaFailed,
     Scalar,
+    StateDigest,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     WeightsFailed,
     WeightsLoaded,
@@ -32,7 +35,8 @@ CORE_VERSION = 3
 
 ReplicaMessage = (
     Goodbye | StateLoaded | ReplicaFailed | GroupReport | LeaseReturned | GradientsReady | StepApplied
-    | CheckpointSaved | CheckpointFailed | MeshFormed | MeshFailed | WeightsSent | WeightsLoaded | WeightsFailed
+    | CheckpointSaved | CheckpointFailed | StateSent | StateReceived | StateDigest
+    | MeshFormed | MeshFailed | WeightsSent | WeightsLoaded | WeightsFailed
 )  # fmt: skip
 
 

@@ -4,12 +4,12 @@
 
 - joining: some of its ranks have registered; loading: all have, the model is being made;
 - stale: the model stands but its weights are not the published ones; ready: they were, and their digest was checked
-  (a policy is ready when it holds the committed state);
+  (a policy is ready when it holds the committed state, and stale while others do and it does not);
 - *busy* is not a state of its own: a ready replica with leases or a step in hand is busy.
 
 The transition that must not exist: lost -> ready. What comes back after a loss is a new incarnation that starts at
-joining and can only become ready through stale and a weight sync (a policy: by loading, or by proving at registration
-that it still holds the committed state).
+joining and can only become ready through stale and a weight sync (a policy: by loading, by receiving another's state,
+or by proving at registration that it still holds the committed one).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ LIVE: tuple[ReplicaState, ...] = ("joining", "loading", "stale", "ready", "drain
 class Replica(msgspec.Struct):
     """One incarnation of a replica. `position` is what it holds, as acknowledged; None: nothing usable.
 
-    `doubtful`: a transfer to it was given up, so its engine may sample with weights that nobody has compared.
+    `doubtful`: a transfer to it was given up, so its engine may sample with weights that nobody has compared; a policy:
+    what it holds differs from what the others hold, and it has yet to forget that.
     """
 
     name: str
@@ -73,6 +74,10 @@ class Fleet(msgspec.Struct):
     def ready(self, role: Role) -> list[Replica]:
         """The replicas of a role that may be given work: ready, and heard from in this term."""
         return self._on_shelves(lambda key: key.startswith(f"{role} ready confirmed "))
+
+    def ready_count(self, role: Role) -> int:
+        """How many `ready` would list."""
+        return sum(len(shelf) for key, shelf in self.shelves.items() if key.startswith(f"{role} ready confirmed "))
 
     def behind(self, role: Role, committed: Position) -> list[Replica]:
         """Those of a role whose engine stands, heard from in this term, that hold other weights than the committed."""

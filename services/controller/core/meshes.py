@@ -22,7 +22,7 @@ RETRY_S = 1.0
 RETRY_MOST_S = 16.0
 REVOKED_KEPT = 256
 """Revoked epochs whose members are remembered, for those that were not there to be told."""
-Purpose = Literal["gradients", "weights"]
+Purpose = Literal["gradients", "state", "weights"]
 
 
 class Retry(msgspec.Struct):

@@ -21,12 +21,15 @@ from services.controller.core.rules.training import train_step
 from services.controller.core.state import Turn
 from shared.messages import (
     AnyMessage,
+    CheckState,
     CommitStep,
     FormMesh,
     Lease,
     LoadState,
+    ReceiveState,
     ReceiveWeights,
     SaveCheckpoint,
+    SendState,
     SendWeights,
     Shutdown,
 )
@@ -94,6 +97,7 @@ def _orders(turn: Turn, replica: Replica) -> Iterator[Order]:
             yield f"receive {edge.epoch} {edge.position}", partial(ReceiveWeights, edge.epoch, edge.position)
         if replica.name == edge.source and not edge.sent:
             yield f"send {edge.epoch} {edge.position}", partial(SendWeights, edge.epoch, edge.position)
+    yield from _joining(turn, replica)
     saving = state.lineages.saving
     if saving is not None and saving.replica == replica.name:
         key = f"save {saving.position} {saving.export} {state.lineages.failures}"  # a failed one is ordered anew
@@ -106,6 +110,19 @@ def _orders(turn: Turn, replica: Replica) -> Iterator[Order]:
             yield f"commit {step.attempt}", partial(CommitStep, step.step, step.attempt, state.lineage)
 
 
+def _joining(turn: Turn, replica: Replica) -> Iterator[Order]:
+    """State from policy to policy, before the step that starts from it; digests, before the step that changes them."""
+    join, comparison = turn.state.joining.join, turn.state.joining.comparison
+    if join is not None and join.position is not None:
+        if replica.name == join.source and join.sent is None:
+            yield f"send state {join.state_mesh}", partial(SendState, join.state_mesh, join.position)
+        if replica.name == join.joiner and join.received is None:
+            yield f"receive state {join.state_mesh}", partial(ReceiveState, join.state_mesh, join.position)
+    asked = comparison.asked.get(replica.name) == replica.incarnation if comparison is not None else False
+    if comparison is not None and asked and replica.name not in comparison.digests:
+        yield f"check {comparison.position}", partial(CheckState, comparison.position)
+
+
 def _train_step(turn: Turn, replica: str, attempt: int) -> tuple[AnyMessage, list[Spooled]]:
     """As it was put on record in this very turn, or, for a replica that is back, made again."""
     for fact in turn.outcome.facts:
@@ -115,9 +132,10 @@ def _train_step(turn: Turn, replica: str, attempt: int) -> tuple[AnyMessage, lis
 
 
 def _loading(turn: Turn, replica: Replica) -> Iterator[Order]:
-    """A rollout makes its engine; a policy loads the settled state, if that is the committed one."""
+    """A rollout makes its engine; a policy loads the settled state if that is the committed one, else its model."""
     lineages = turn.state.lineages
-    if replica.role == "policy" and lineages.settled != lineages.committed:
+    if replica.role == "policy" and (replica.doubtful or lineages.settled != lineages.committed):
+        yield "load from a peer", partial(LoadState, "peer", lineages.committed, "")
         return
     position = lineages.settled
     if replica.role == "policy" and lineages.path:

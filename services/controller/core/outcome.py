@@ -171,6 +171,35 @@ class Synced(Fact, frozen=True, tag="synced"):
     digest: str
 
 
+class CaughtUp(Fact, frozen=True, tag="caught_up"):
+    """A policy has received from `source` what the members hold, digest checked: it is one of them."""
+
+    replica: str
+    source: str
+    lineage: int
+    version: int
+    step: int
+    digest: str
+
+
+class Compared(Fact, frozen=True, tag="compared"):
+    """The members told the digests of their states at a checkpoint; those `different` from the writer's join again."""
+
+    lineage: int
+    version: int
+    step: int
+    digests: dict[str, str]
+    different: list[str]
+
+
+class Mustered(Fact, frozen=True, tag="mustered"):
+    """So many replicas of a role were `ready` when the run first gave them work; it wanted to begin with `wanted`."""
+
+    role: str
+    wanted: int
+    ready: int
+
+
 class Revised(Fact, frozen=True, tag="revised"):
     """A revision of the hyper-parameters is in force from `step` on."""
 
@@ -195,7 +224,7 @@ class Finished(Fact, frozen=True, tag="finished"):
 
 AnyFact = (
     Issued | Leased | Reported | Requeued | Discarded | Assigned | Aborted | Committed | Consumed | Judged | Evaluated
-    | Settled | RolledBack | Joined | Gone | Synced | Revised | StageBegan | Finished
+    | Settled | RolledBack | Joined | Gone | Synced | CaughtUp | Compared | Mustered | Revised | StageBegan | Finished
 )  # fmt: skip
 
 # --- effects ----------------------------------------------------------------------------------------------------------

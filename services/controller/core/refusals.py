@@ -27,7 +27,10 @@ from shared.messages import (
     Refused,
     Register,
     ReplicaFailed,
+    StateDigest,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     WeightsFailed,
     WeightsLoaded,
@@ -57,9 +60,13 @@ def judge_registration(state: State, recipe: Recipe, register: Register) -> Refu
             "incarnation", f"the newest process of {register.replica}", f"one before it (pid {register.pid})",
             "this process was replaced: end it",
         )  # fmt: skip
-    if register.role == "policy" and any(r.name != register.replica for r in state.fleet.live("policy")):
-        names = ", ".join(r.name for r in state.fleet.live("policy"))
-        return Refused("role", "one policy replica", f"{register.replica} beside {names}", "stop the other one first")
+    if recipe.run.deterministic and register.role == "policy":
+        names = ", ".join(r.name for r in state.fleet.live("policy") if r.name != register.replica)
+        if names:
+            return Refused(
+                "role", "one policy replica in a deterministic run", f"{register.replica} beside {names}",
+                "stop the other one first, or set run.deterministic = false",
+            )  # fmt: skip
     known = state.fleet.replicas.get(register.replica)
     if known is not None and known.live and known.role != register.role:
         return Refused("identity", f"{register.replica} as {known.role}", register.role, "choose another replica name")
@@ -87,10 +94,20 @@ def _always(state: State, replica: Replica, message: ReplicaMessage) -> Verdict:
 
 
 def _loaded(state: State, replica: Replica, message: StateLoaded) -> Verdict:
+    held, lineages = message.position, state.lineages
+    if replica.role != "policy" or held is None:
+        return "fresh" if replica.state == "loading" else "duplicate"
+    if replica.doubtful:
+        return "duplicate"  # an answer to an older order: what it says it holds it is to forget
+    if replica.state == "stale":  # a checkpoint overtook the state that another policy was to send
+        join = state.joining.join
+        sent = join is not None and join.joiner == replica.name and join.position is not None
+        return "fresh" if held == lineages.committed and not sent else "duplicate"
     if replica.state != "loading":
         return "duplicate"
-    if replica.role == "policy" and message.position != state.lineages.settled:
-        return Refused("lineage", str(state.lineages.settled), str(message.position), "load what LoadState names")
+    older = held.lineage == lineages.settled.lineage and held.step < lineages.settled.step
+    if held != lineages.settled and not older:  # one that a checkpoint has overtaken joins the others
+        return Refused("lineage", str(lineages.settled), str(held), "load what LoadState names")
     return "fresh"
 
 
@@ -177,6 +194,26 @@ def _formed(state: State, replica: Replica, message: MeshFormed | MeshFailed) ->
     return "fresh"
 
 
+def _transferred(state: State, replica: Replica, message: StateSent | StateReceived) -> Verdict:
+    join = state.joining.join
+    if join is None or (join.state_mesh, join.position) != (message.epoch, message.position):
+        if replica.state == "ready":
+            return "duplicate"
+        now = f"epoch {join.state_mesh}" if join else "no transfer"
+        return Refused("epoch", now, f"epoch {message.epoch}", "drop this state: the transfer was given up")
+    speaker, told = (join.source, join.sent) if isinstance(message, StateSent) else (join.joiner, join.received)
+    if replica.name != speaker:
+        return Refused("role", f"a word of {speaker}", f"one of {replica.name}", "answer only what you were told to do")
+    return "fresh" if told is None else "duplicate"
+
+
+def _compared(state: State, replica: Replica, message: StateDigest) -> Verdict:
+    comparison = state.joining.comparison
+    if comparison is None or comparison.position != message.position or replica.name in comparison.digests:
+        return "duplicate"
+    return "fresh" if comparison.asked.get(replica.name) == replica.incarnation else "duplicate"
+
+
 def _weights(state: State, replica: Replica, message: WeightsSent | WeightsLoaded | WeightsFailed) -> Verdict:
     edge = state.weights.edges.get(message.epoch)
     if edge is None or edge.position != message.position:
@@ -206,6 +243,9 @@ _JUDGES: dict[type[msgspec.Struct], Callable[..., Verdict]] = {
     StepApplied: _applied,
     CheckpointSaved: _saved,
     CheckpointFailed: _saved,
+    StateSent: _transferred,
+    StateReceived: _transferred,
+    StateDigest: _compared,
     MeshFormed: _formed,
     MeshFailed: _formed,
     WeightsSent: _weights,

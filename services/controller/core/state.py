@@ -8,9 +8,11 @@ from services.controller.core.evaluation import Evaluation
 from services.controller.core.events import AnyEvent, Spooled
 from services.controller.core.fleet import Fleet, Replica
 from services.controller.core.hyperparameters import Hyperparameters
+from services.controller.core.joining import Joining
 from services.controller.core.ledger import Group, Ledger
 from services.controller.core.lineages import Lineages
 from services.controller.core.meshes import Meshes
+from services.controller.core.mustering import Mustering
 from services.controller.core.outcome import AnyFact, Effect, Outcome, Send
 from services.controller.core.stages import StageName, Stages
 from services.controller.core.steps import Steps
@@ -40,6 +42,8 @@ class State(msgspec.Struct):
     steps: Steps = msgspec.field(default_factory=Steps)
     meshes: Meshes = msgspec.field(default_factory=Meshes)
     weights: Weights = msgspec.field(default_factory=Weights)
+    joining: Joining = msgspec.field(default_factory=Joining)
+    mustering: Mustering = msgspec.field(default_factory=Mustering)
     evaluation: Evaluation = msgspec.field(default_factory=Evaluation)
     sent: dict[str, list[str]] = {}
 

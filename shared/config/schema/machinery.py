@@ -36,7 +36,9 @@ class TimeoutsTable(Table):
     """[timeouts]: every wait has a name and ends."""
 
     register_s: Seconds = Field(60.0, description="a service waits for the controller's welcome")
-    load_s: Seconds = Field(600.0, description="the controller waits for a model to load")
+    load_s: Seconds = Field(
+        600.0, description="the controller waits for a model to load, and for all replicas of a role to begin with"
+    )
     lease_s: Seconds = Field(
         120.0,
         description="the controller waits for a leased group, counted anew when its replica answers an earlier one",

@@ -66,6 +66,8 @@ class Recipe(Table):
         if self.run.deterministic:
             if self.train is not None and self.train.max_staleness != 0:
                 raise ValueError("run.deterministic wants train.max_staleness = 0")
+            if self.policy.replicas != 1:
+                raise ValueError("run.deterministic wants policy.replicas = 1")
             if self.rollout.replicas != 1:
                 raise ValueError("run.deterministic wants rollout.replicas = 1")
             if self.judge == "evaluator" and self.evaluator.replicas != 1:

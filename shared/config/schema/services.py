@@ -12,7 +12,7 @@ from shared.config.schema.base import LIVE, Positive, Table
 class PolicyTable(Table):
     """[policy]: who learns."""
 
-    replicas: Literal[1] = Field(1, description="policy replicas; more than one is not built yet")
+    replicas: Positive = Field(1, description="policies that share every step; the first step waits for them")
     threads: Positive = Field(1, description="CPU threads of the trainer")
     micro_batch_tokens: Positive = Field(16384, description="padded tokens in one forward pass")
 
@@ -20,7 +20,7 @@ class PolicyTable(Table):
 class RolloutTable(Table):
     """[rollout]: who generates, and how."""
 
-    replicas: Positive = 1
+    replicas: Positive = Field(1, description="replicas that generate; the first lease waits for them")
     engine: Literal["transformers"] = "transformers"
     threads: Positive = Field(1, description="CPU threads of the engine")
     slots: Positive = Field(64, description="sequences decoded side by side")

@@ -1,11 +1,13 @@
 """Batches and steps under any order of votes, losses and words about old attempts.
 
-Hypothesis drives the core with two policies that share each step. A model of its own knows the plan of every batch and
-says after each event what was committed, aborted, consumed, discarded and rolled back, and who was asked for what.
+Hypothesis drives the core with two policies that share each step; their meshes form, and a joiner receives its state,
+at once. A model of its own knows the plan of every batch and says after each event what was committed, aborted,
+consumed, discarded and rolled back, and who was asked for what.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,6 +19,7 @@ from services.controller.core.core import Core
 from services.controller.core.events import (
     AnyEvent,
     DeadlinePassed,
+    MeshIdMinted,
     MessageReceived,
     ReplicaLost,
     ReplicaMessage,
@@ -25,20 +28,37 @@ from services.controller.core.events import (
     Spooled,
     TermBegan,
 )
-from services.controller.core.outcome import Aborted, Committed, Consumed, Discarded, Effect, RolledBack, Send
+from services.controller.core.outcome import (
+    Aborted,
+    AnyFact,
+    Committed,
+    Consumed,
+    Discarded,
+    Effect,
+    MintMeshId,
+    RolledBack,
+    Send,
+)
 from services.controller.core.rules.training import NONFINITE_LIMIT
 from shared.messages import (
     AbortStep,
+    AnyMessage,
     ArrayHeader,
     CommitStep,
+    FormMesh,
     GradientsReady,
     GroupReport,
     LoadState,
+    MeshFormed,
     Position,
+    ReceiveState,
     Refused,
     Register,
     Sampling,
+    SendState,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     TrainStep,
 )
@@ -58,11 +78,12 @@ ago = st.sampled_from((0, 0, 0, 0, 1, 2))
 
 @dataclass
 class Policy:
-    """The newest process of a policy, as the model knows it. `position` is None while it loads."""
+    """The newest process of a policy, as the model knows it. `position` is None while it loads, or waits to join."""
 
     incarnation: int = 0
     live: bool = False
     position: Position | None = None
+    joins: bool = False
 
 
 @dataclass
@@ -86,6 +107,18 @@ class Attempt:
     votes: set[str] = field(default_factory=set)
     committed: bool = False
     applied: set[str] = field(default_factory=set)
+
+
+def at_once(message: AnyMessage) -> ReplicaMessage | None:
+    """What a member answers without delay, whatever else it does."""
+    match message:
+        case FormMesh(identity=identity):
+            return MeshFormed(identity.epoch)
+        case SendState(epoch=epoch, position=position):
+            return StateSent(epoch, position, "same", 1, 0.0)
+        case ReceiveState(epoch=epoch, position=position):
+            return StateReceived(epoch, position, "same", 0.0)
+    return None
 
 
 class StepMachine(RuleBasedStateMachine):
@@ -142,6 +175,8 @@ class StepMachine(RuleBasedStateMachine):
         for plan in self.pending:
             plan.done = 0
         self.position = Position(self.position.lineage + 1, 0, 0)
+        for policy in self.policies.values():
+            policy.joins = False  # it is told to load what is settled
         return True
 
     def _commit(self) -> bool:
@@ -151,6 +186,9 @@ class StepMachine(RuleBasedStateMachine):
         step.committed, self.nonfinite = True, 0
         self.facts.append(("committed", now.step, step.number, now.version))
         self.orders += [("commit", name, step.number) for name in step.members]
+        for name, policy in self.policies.items():
+            if policy.live and policy.position is not None and name not in step.members:
+                policy.position, policy.joins = None, True  # it came too late for this step
         batch.done += 1
         self.position = Position(now.lineage, now.version, now.step + 1)
         self._end_batch_if_over()
@@ -183,6 +221,11 @@ class StepMachine(RuleBasedStateMachine):
         members = {name for name, policy in self.policies.items() if policy.live and policy.position == self.position}
         if not members:
             return False
+        if self.batch.done == 0:
+            for name, policy in self.policies.items():
+                if policy.live and policy.joins:
+                    members.add(name)
+                    policy.position, policy.joins = self.position, False
         self.attempts += 1
         self.step_in_hand = Attempt(self.attempts, members)
         self.orders += [("train", name, self.attempts) for name in members]
@@ -216,7 +259,7 @@ class StepMachine(RuleBasedStateMachine):
 
     def part(self, name: str) -> None:
         """The incarnation of a policy is gone."""
-        self.policies[name].live = False
+        self.policies[name].live = self.policies[name].joins = False
         self.policies[name].position = None
         step = self.step_in_hand
         if step is None or name not in step.members:
@@ -232,9 +275,9 @@ class StepMachine(RuleBasedStateMachine):
     def step(self, event: AnyEvent) -> list[Effect]:
         """Step the core and the model; the same must have happened, and the same been asked for."""
         self.rest()
-        outcome = self.core.step(event)
+        facts, effects = self._happen(event)
         found: list[object] = []
-        for fact in outcome.facts:
+        for fact in facts:
             match fact:
                 case Committed():
                     found.append(("committed", fact.step, fact.attempt, fact.version))
@@ -247,10 +290,33 @@ class StepMachine(RuleBasedStateMachine):
                 case RolledBack():
                     found.append(("rolled back", fact.lineage))
         assert found == self.facts
-        self._check_orders([e for e in outcome.effects if isinstance(e, Send)])
+        self._check_orders([e for e in effects if isinstance(e, Send)])
         self.facts = []
         self.orders = []
-        return outcome.effects
+        return effects
+
+    def _happen(self, event: AnyEvent) -> tuple[list[AnyFact], list[Effect]]:
+        """The event, and all that members do at once: form their meshes, send and receive a state."""
+        facts: list[AnyFact] = []
+        effects: list[Effect] = []
+        events = deque([event])
+        while events:
+            outcome = self.core.step(events.popleft())
+            facts += outcome.facts
+            effects += outcome.effects
+            for effect in outcome.effects:
+                if isinstance(effect, MintMeshId):
+                    events.append(MeshIdMinted(at=0.0, epoch=effect.epoch, unique_id=b"id"))
+                elif isinstance(effect, Send):
+                    answer = at_once(effect.message)
+                    name = effect.replica
+                    if answer is not None and self.judged(name, self.policies[name].incarnation, answer) == "fresh":
+                        events.append(self._word(name, self.policies[name].incarnation, answer))
+        return facts, effects
+
+    @staticmethod
+    def _word(name: str, incarnation: int, message: ReplicaMessage) -> MessageReceived:
+        return MessageReceived(at=0.0, replica=name, incarnation=incarnation, rank=0, body=message, spooled=None)
 
     def _check_orders(self, sends: list[Send]) -> None:
         found = []
@@ -277,7 +343,7 @@ class StepMachine(RuleBasedStateMachine):
 
     def say(self, name: str, incarnation: int, message: ReplicaMessage) -> None:
         """A word that is fresh arrives."""
-        self.step(MessageReceived(at=0.0, replica=name, incarnation=incarnation, rank=0, body=message, spooled=None))
+        self.step(self._word(name, incarnation, message))
 
     def judged(self, name: str, incarnation: int, message: ReplicaMessage) -> str:
         before = self.core.snapshot()
@@ -314,8 +380,13 @@ class StepMachine(RuleBasedStateMachine):
         for effect in effects:
             if isinstance(effect, Send) and isinstance(effect.message, LoadState):
                 name, position = effect.replica, effect.message.position
-                assert position == Position(self.position.lineage, 0, 0)
                 incarnation = self.policies[name].incarnation
+                if effect.message.source == "peer":
+                    if self.judged(name, incarnation, StateLoaded(None)) == "fresh":
+                        self.policies[name].joins = True
+                        self.say(name, incarnation, StateLoaded(None))
+                    continue
+                assert position == Position(self.position.lineage, 0, 0)
                 assert self.judged(name, incarnation, StateLoaded(position)) == "fresh"
                 self.policies[name].position = position
                 self.say(name, incarnation, StateLoaded(position))

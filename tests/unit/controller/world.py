@@ -48,6 +48,7 @@ from shared.messages import (
     ArrayHeader,
     CheckpointFailed,
     CheckpointSaved,
+    CheckState,
     CommitStep,
     DatasetIdentity,
     FormMesh,
@@ -60,13 +61,18 @@ from shared.messages import (
     LoadState,
     MeshFormed,
     Position,
+    ReceiveState,
     ReceiveWeights,
     Refused,
     Register,
     RevokeLease,
     SaveCheckpoint,
+    SendState,
     SendWeights,
+    StateDigest,
     StateLoaded,
+    StateReceived,
+    StateSent,
     StepApplied,
     TrainStep,
     WeightsFailed,
@@ -133,6 +139,7 @@ class Model:
     finite: Callable[[TrainStep], bool] = lambda step: True
     disk_full: Callable[[], bool] = lambda: False
     digest: str = "same"
+    wrong: str = ""
     datasets: list[DatasetIdentity] = field(default_factory=lambda: list(DATASETS))
 
     def register(self) -> Register:
@@ -158,6 +165,9 @@ class Model:
         if type(message) in self.silent:
             return []
         match message:
+            case LoadState(source="peer"):
+                self.holds, self.in_hand = None, None
+                return [StateLoaded(None)]
             case LoadState(position=position):
                 if self.role == "policy":
                     self.holds, self.in_hand = position, None
@@ -167,6 +177,14 @@ class Model:
             case RevokeLease(leases=leases):
                 for ref in leases:
                     self.working.pop((ref.group, ref.attempt), None)
+            case SendState(epoch=epoch, position=position):
+                assert self.holds == position, f"{self.name} is to send {position}, it holds {self.holds}"
+                return [StateSent(epoch, position, f"state {position.step}", 10, 0.1)]
+            case ReceiveState(epoch=epoch, position=position):
+                self.holds = position
+                return [StateReceived(epoch, position, f"{self.wrong}state {position.step}", 0.1)]
+            case CheckState(position=position):
+                return [StateDigest(position, f"{self.wrong}state {position.step}")]
             case TrainStep(position=position):
                 self._adopt(position)
                 assert position == self.holds, f"the step starts from {position}, {self.name} holds {self.holds}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -77,6 +78,39 @@ def test_a_revoke_frees_whoever_waits_in_an_operation(pair: Any) -> None:
     waiting.join(5)
     assert not waiting.is_alive() and caught
     assert a.sent.empty()  # the controller revoked it: it needs no telling
+
+
+def test_a_revoke_ends_a_sum_that_a_lost_member_will_never_join_within_a_second(tools: Any) -> None:
+    names = ["a", "b", "c"]
+    rendezvous = tools.rendezvous()
+    members = [tools.member(name, rendezvous) for name in names]
+    for member in members:
+        member.meshes.form(FormMesh(tools.identity(1, *names), 20.0))
+    assert [member.next() for member in members] == [MeshFormed(1)] * 3
+    caught: list[MeshError] = []
+    entered = [threading.Event() for _ in members[:2]]
+
+    def add_up(index: int) -> None:
+        mesh = members[index].meshes.get(1)
+        entered[index].set()
+        try:
+            mesh.all_reduce(torch.ones(1 << 20))
+        except MeshError as error:
+            caught.append(error)
+
+    threads = [threading.Thread(target=add_up, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for event in entered:
+        event.wait(5)
+    started = time.monotonic()
+    for member in members[:2]:
+        member.meshes.revoke(RevokeMesh(1, "c was lost"))
+    for thread in threads:
+        thread.join(5)
+    assert time.monotonic() - started < 1.0
+    assert len(caught) == 2
+    members[2].meshes.close("the test is over")
 
 
 def test_an_error_in_use_ends_the_epoch_and_is_told_once(pair: Any) -> None:

@@ -25,6 +25,7 @@ from shared.messages import (
     AnyMessage,
     CheckpointFailed,
     CheckpointSaved,
+    CheckState,
     CommitStep,
     Drain,
     GradientsReady,
@@ -34,6 +35,7 @@ from shared.messages import (
     LoadState,
     MeshFailed,
     Position,
+    ReceiveState,
     Register,
     Registered,
     ReplicaFailed,
@@ -42,6 +44,7 @@ from shared.messages import (
     SaveCheckpoint,
     SendWeights,
     Shutdown,
+    StateDigest,
     StateLoaded,
     StepApplied,
     WeightsFailed,
@@ -186,6 +189,24 @@ def test_a_step_is_computed_committed_saved_and_loaded_again(running: Running, t
     assert (running.folder / "export" / "model.safetensors").is_file()
     # a new lineage starts from it
     assert controller.ask(LoadState("checkpoint", Position(1, 1, 1), saved.path), StateLoaded).position.lineage == 1
+
+
+def test_whoever_waits_for_anothers_state_forgets_its_own_and_takes_no_step(running: Running, tools: Any) -> None:
+    controller = running.controller
+    load(running)
+    assert controller.ask(CheckState(START), StateDigest).position == START
+    assert controller.ask(LoadState("peer", START, ""), StateLoaded) == StateLoaded(None)
+    step, frames = tools.step(running.recipe)
+    controller.tell(step, frames)
+    controller.tell(AbortStep(0, 1, 0, "its state did not arrive"))
+    assert load(running) == StateLoaded(START), "it has said nothing else, and lives"
+
+
+def test_a_state_that_does_not_come_is_told_as_a_mesh_that_failed(running: Running) -> None:
+    controller = running.controller
+    controller.ask(LoadState("peer", START, ""), StateLoaded)
+    controller.tell(ReceiveState(4, START))
+    assert controller.ask(LoadState("initial", START, ""), StateLoaded) == StateLoaded(START)
 
 
 def test_an_aborted_step_leaves_nothing_to_commit(running: Running, tools: Any) -> None:

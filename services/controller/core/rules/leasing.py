@@ -13,6 +13,7 @@ from services.controller.core.evaluation import Answer
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
 from services.controller.core.outcome import Discarded, Issued, Leased, Requeued
+from services.controller.core.rules.mustering import mustered
 from services.controller.core.state import Turn
 from shared.data.order import permuted_row
 from shared.messages import Grant, LeaseRef, Purpose, RevokeLease, Role, Sampling
@@ -38,7 +39,7 @@ def lease_groups(turn: Turn) -> bool:
             ahead = turn.trained() + SFT_AHEAD * turn.table.batch_size
             limit = min(ahead, turn.table.batches * turn.table.batch_size)
             leased |= _lease_training(turn, replica, "sft", 1, limit, None)
-    if state.stages.name == "train" and turn.recipe.train is not None:
+    if state.stages.name == "train" and turn.recipe.train is not None and mustered(turn, "rollout"):
         if turn.recipe.run.deterministic and _wave_under_way(turn):
             return leased  # one at a time, and no judging in the same message: its composition is the same in every run
         newest = state.fleet.newest_ready("rollout", state.lineage)
@@ -127,7 +128,7 @@ def _lease_training(turn: Turn, replica: Replica, purpose: Purpose, samples: int
 def _lease_evaluation(turn: Turn) -> bool:
     """Lease the rows of the open round to replicas that hold its version, each to the one with the most room."""
     state, judged = turn.state, turn.state.evaluation.round
-    if judged is None or not state.ledger.count("queued", "eval"):
+    if judged is None or not state.ledger.count("queued", "eval") or not mustered(turn, turn.recipe.judge):
         return False
     judges = [replica for replica in _takers(turn, turn.recipe.judge) if _may_judge(turn, replica)]
     queued = state.ledger.having("queued", "eval")

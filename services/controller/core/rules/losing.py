@@ -40,11 +40,16 @@ def roll_back_if_orphaned(turn: Turn) -> bool:
     state = turn.state
     if state.stages.outcome or state.lineages.committed == state.lineages.settled:
         return False
-    policies = state.fleet.live("policy")
-    if not any(replica.state == "loading" for replica in policies) or any(_holds(turn, r) for r in policies):
+    waiting = any(replica.state in ("loading", "stale") for replica in state.fleet.live("policy"))
+    if not waiting or anyone_holds(turn):
         return False
     _roll_back(turn)
     return True
+
+
+def anyone_holds(turn: Turn) -> bool:
+    """Whether a live policy holds the committed state, or is about to."""
+    return any(_holds(turn, replica) for replica in turn.state.fleet.live("policy"))
 
 
 def _holds(turn: Turn, replica: Replica) -> bool:
@@ -76,6 +81,7 @@ def _roll_back(turn: Turn) -> None:
         batch.index = 0
     state.steps.pending, state.steps.unsettled = redo, []
     state.steps.batch, state.steps.step = None, None
+    state.joining.comparison = None
     state.stages.go_back(position.version)
     for mesh in list(state.meshes.meshes.values()):
         revoke_mesh(turn, mesh.epoch, "rollback", failed=False)

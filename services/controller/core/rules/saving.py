@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.controller.core.lineages import SavePoint
 from services.controller.core.outcome import Discarded, EndRun, Finished, FreeSpool, Settled, StageBegan
+from services.controller.core.rules.joining import compare_states
 from services.controller.core.rules.judging import drop_round
 from services.controller.core.rules.leasing import end_group
 from services.controller.core.state import Turn
@@ -45,7 +46,12 @@ def save_regularly(turn: Turn) -> bool:
 def close_run(turn: Turn) -> bool:
     """The last version is judged and everything trained: the final checkpoint with its export, then the end."""
     state = turn.state
-    if state.stages.name != "closing" or state.stages.outcome or not _idle(turn):
+    if (
+        state.stages.name != "closing"
+        or state.stages.outcome
+        or not _idle(turn)
+        or state.joining.comparison is not None
+    ):
         return False
     judged = state.evaluation.judged(state.lineage, state.version)
     if turn.recipe.evaluation is not None and not judged:
@@ -66,6 +72,7 @@ def stop_run(turn: Turn) -> bool:
         state.steps.batch is None
         and state.lineages.settled == state.lineages.committed
         and state.lineages.saving is None
+        and state.joining.comparison is None
     ):
         state.stages.finish("stopped", state.stages.stopping)
         return True
@@ -125,6 +132,7 @@ def _save(turn: Turn, *, export: bool) -> bool:
         return False
     until = state.now + turn.recipe.timeouts.checkpoint_s
     state.lineages.saving = SavePoint(writer.name, state.lineages.committed, export, until)
+    compare_states(turn, writer)
     return True
 
 

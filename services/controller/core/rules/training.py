@@ -15,9 +15,11 @@ from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group, GroupState
 from services.controller.core.outcome import Aborted, Assigned, Committed, Consumed, Discarded, RecordMetrics, Revised
 from services.controller.core.rules.judging import gating_round_due
+from services.controller.core.rules.members import begin_transfer, member, step_members, undecided
+from services.controller.core.rules.mustering import mustered
 from services.controller.core.state import Turn
 from services.controller.core.steps import Batch, Step
-from shared.messages import AbortStep, AssignedGroup, MeshMember, TrainStep
+from shared.messages import AbortStep, AssignedGroup, TrainStep
 
 WAITING: tuple[GroupState, ...] = ("queued", "leased", "reported")
 NONFINITE_LIMIT = 3
@@ -109,13 +111,14 @@ def _choose(turn: Turn) -> list[Group] | None:
 
 
 def begin_step(turn: Turn) -> bool:
-    """Assign the step whose turn it is to the ready policies, with global denominators and the revision in force."""
+    """Assign the step whose turn it is to its members, with global denominators and the revision in force."""
     state, batch = turn.state, turn.state.steps.batch
     if batch is None or state.steps.step is not None or batch.over or state.stages.outcome:
         return False
-    members = [replica for replica in state.fleet.ready("policy") if replica.position == state.lineages.committed]
-    if not members:
+    found = step_members(turn) if mustered(turn, "policy") else None
+    if found is None:
         return False
+    members, mesh = found
     for changes in state.hyperparameters.advance(state.lineages.committed.step):
         turn.fact(Revised(state.hyperparameters.revision, state.lineages.committed.step, changes))
     groups = [turn.group(number) for number in batch.plan[batch.index]]
@@ -124,15 +127,17 @@ def begin_step(turn: Turn) -> bool:
             step=state.lineages.committed.step,
             attempt=state.steps.next_attempt(),
             state="computing",
-            members=[MeshMember(replica.name, replica.incarnation, 0) for replica in members],
+            members=[member(replica) for replica in members],
             shares=_share(groups, members),
             tokens=sum(sum(group.lengths) for group in groups),
             sequences=sum(len(group.lengths) for group in groups),
             revision=state.hyperparameters.revision,
             deadline=state.now + turn.recipe.timeouts.step_s,
             began=state.now,
+            mesh=mesh,
         )
     )
+    begin_transfer(turn, members)
     for replica in members:
         message, payload = train_step(turn, replica.name)
         step = message.step
@@ -224,10 +229,13 @@ def commit_step(turn: Turn) -> bool:
     state, batch, step = turn.state, turn.state.steps.batch, turn.state.steps.step
     if batch is None or step is None or step.state != "computing" or not all(step.votes.get(n) for n in step.shares):
         return False
+    if undecided(turn):
+        return False
     last = batch.index + 1 == len(batch.plan)
     if last and batch.stage == "train" and _too_old(turn, state.version + 1 - batch.bound):
         return False
     state.steps.commit()
+    state.joining.torn = None
     turn.fact(Committed(state.lineage, step.step, step.attempt, state.version))
     turn.progress()
     turn.effect(RecordMetrics(_metrics(turn, batch, step)))
@@ -278,6 +286,7 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
         "response_length_max": max(lengths),
         "truncated": sum(group.truncated for group in groups) / len(lengths),
         "tokens": step.tokens,
+        "members": len(step.shares),
         "samples_per_s": step.sequences / elapsed,
         "tokens_per_s": step.tokens / elapsed,
         "step_seconds": state.now - step.began,
@@ -317,9 +326,12 @@ def _deviation(values: list[float]) -> float:
 
 
 def _share(groups: list[Group], members: list[Replica]) -> dict[str, list[int]]:
-    """Split a step's groups over its members so that tokens balance: the largest first, each to the lightest."""
+    """Split a step's groups over its members so that tokens balance: the largest first, each to the lightest.
+
+    One that joins has a place and no group: it receives the state meanwhile.
+    """
     shares: dict[str, list[int]] = {replica.name: [] for replica in members}
-    load = dict.fromkeys(shares, 0)
+    load = {replica.name: 0 for replica in members if replica.state == "ready"}
     for group in sorted(groups, key=lambda g: (-sum(g.lengths), g.id)):
         lightest = min(load, key=lambda name: (load[name], name))
         shares[lightest].append(group.id)
