@@ -403,7 +403,8 @@ class Checks:
             if waiting > most:
                 self.broken(f"{waiting} groups wait for training, the bound is {most}")
         for name, epochs in state.meshes.memberships.items():
-            idle = [epoch for epoch in epochs if epoch not in state.weights.edges]
+            held = [epoch for epoch in epochs if state.meshes.meshes[epoch].purpose == "weights"]
+            idle = [epoch for epoch in held if epoch not in state.weights.edges]
             if len(idle) > 2 * recipe.weights.fanout + 2:
                 self.broken(f"{name} stands in {len(idle)} meshes that nobody uses")
         between = [mesh for mesh in state.meshes.meshes.values() if mesh.purpose != "weights"]
