@@ -37,6 +37,7 @@ def status(state: State, recipe: Recipe, liveness: Liveness, counters: dict[str,
         "discarded": dict(sorted(book.discarded.items())) if book is not None else {},
         "sync_seconds": state.weights.last_seconds,
         "sync_bytes": state.weights.last_bytes,
+        "sync_mismatches": state.weights.mismatches,
         "replicas": [
             _replica(state, liveness, replica, now)
             for replica in sorted(state.fleet.replicas.values(), key=lambda r: r.name)

@@ -238,7 +238,7 @@ def _release(turn: Turn, edge: Edge) -> None:
 
 
 def consider(turn: Turn, replica: Replica) -> None:
-    """A replica may be behind now, or have room to serve others; whether it is so is seen when somebody is looked for."""
+    """A replica may be behind now, or have room to serve others: that is seen when somebody is looked for."""
     if replica.role != "policy" and replica.live:
         turn.state.weights.free[replica.name] = None
         turn.state.weights.want(replica.name, replica.role)
