@@ -524,7 +524,10 @@ class StoreValue(Transient):
 
 
 class SendWeights(Message):
-    """Controller -> source: stage a copy of `position` and send it over the mesh of `epoch`. -> `WeightsSent`."""
+    """Controller -> source: send a copy of `position` over the mesh of `epoch`. -> `WeightsSent`.
+
+    A policy stages the copy, any other replica sends what it received.
+    """
 
     epoch: int
     position: Position
@@ -538,7 +541,7 @@ class ReceiveWeights(Message):
 
 
 class WeightsSent(Message):
-    """Source -> controller: the staged copy went out; `digest` is of what was staged."""
+    """Source -> controller: the copy went out; `digest` is of what was staged, here or by the policy it came from."""
 
     epoch: int
     position: Position

@@ -38,11 +38,10 @@ MUTANTS = [
         (
             (
                 f"{CORE}/rules/syncing.py",
-                "        began=state.now,\n    )\n",
-                "        began=state.now,\n    )\n"
-                "    for replica in receivers:\n"
-                "        state.fleet.hold(replica, state.lineages.committed)\n"
-                "        state.fleet.move(replica, 'ready', state.now)\n",
+                "    turn.concerned |= {source.name, receiver.name}\n",
+                "    turn.concerned |= {source.name, receiver.name}\n"
+                "    state.fleet.hold(receiver, edge.position)\n"
+                "    state.fleet.move(receiver, 'ready', state.now)\n",
             ),
         ),
     ),
@@ -125,8 +124,8 @@ MUTANTS = [
     ),
     Mutant(
         "ready whatever the digest",
-        4,
-        ((f"{CORE}/weights.py", '"equal" if self.loaded[receiver] == self.digest else "different"', '"equal"'),),
+        1,
+        ((f"{CORE}/rules/syncing.py", "if edge.loaded != publication.digest:", "if False:"),),
     ),
     Mutant(
         "nobody hears that a mesh was revoked",
@@ -277,7 +276,7 @@ MUTANTS = [
     Mutant(
         "nobody doubts a transfer that was given up",
         20167,
-        ((f"{CORE}/rules/syncing.py", "        _doubt(turn, state.weights.transfer)\n", ""),),
+        ((f"{CORE}/rules/syncing.py", "        _doubt(turn, edge)\n", ""),),
     ),
     # bugs that only a run with evaluators of its own can have
     Mutant(

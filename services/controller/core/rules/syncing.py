@@ -275,8 +275,8 @@ def weights_sent(turn: Turn, sent: WeightsSent) -> None:
 
 def _witnessed(turn: Turn, position: Position) -> bool:
     """Whether an engine is ready with these weights."""
-    fleet, roles = turn.state.fleet, ("rollout", "evaluator")
-    return any(fleet.anyone_holds(role, position.lineage, position.version) for role in roles)
+    roles: tuple[Role, ...] = ("rollout", "evaluator")
+    return any(turn.state.fleet.anyone_holds(role, position.lineage, position.version) for role in roles)
 
 
 def weights_loaded(turn: Turn, loaded: WeightsLoaded) -> None:
