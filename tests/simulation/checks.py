@@ -293,6 +293,10 @@ class Checks:
     def _check_members(self, core: Core) -> None:
         """Several policies compute a step over a mesh of exactly them; a stale one is in it only as its joiner."""
         state, step = core.state, core.state.steps.step
+        applying = step.shares if step is not None and step.state == "committed" else {}
+        for replica in state.fleet.ready("policy"):
+            if replica.position != state.lineages.committed and replica.name not in applying:
+                self.broken(f"{replica.name} is ready with {replica.position}, and will not join again")
         if step is None or step.state != "computing":
             return
         for name in step.shares:
