@@ -305,6 +305,8 @@ class Checks:
             if not (replica.state == "ready" and replica.position == state.lineages.committed) and not joins:
                 self.broken(f"{name} computes step {step.step}, and is {replica.state} with {replica.position}")
         mesh = state.meshes.meshes.get(step.mesh or 0)
+        if mesh is not None and mesh.state != "formed":
+            self.broken(f"step {step.step} is computed over mesh {mesh.epoch}, which is {mesh.state}")
         named = sorted(member.replica for member in mesh.members) if mesh is not None else sorted(step.shares)
         if named != sorted(step.shares) or (step.mesh is None and len(step.shares) > 1):
             self.broken(f"step {step.step} of {sorted(step.shares)} is reduced over a mesh of {named}")

@@ -368,7 +368,7 @@ MUTANTS = [
     ),
     Mutant(
         "a step of several begins before their mesh has formed",
-        0,
+        1,
         (
             (
                 f"{CORE}/rules/members.py",
