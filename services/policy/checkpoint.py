@@ -199,6 +199,11 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
+def superseded(path: Path) -> bool:
+    """Whether the checkpoint at `path` was deleted because later ones were written."""
+    return not path.exists() and any(int(other.name) > int(path.name) for other in numbered(path.parent))
+
+
 def newest(folder: Path, at_most: Position | None = None) -> Path | None:
     """The complete checkpoint with the highest step, None if there is none.
 

@@ -211,7 +211,15 @@ class PolicyService:
             model = self._make_model(weights=message.source == "initial")
             trainer = Trainer(model, self._recipe, message.position, self._meshes.using)
             if message.source == "checkpoint":
-                checkpoint.load(trainer, self._run_folder / message.path, message.position)
+                path = self._run_folder / message.path
+                try:
+                    checkpoint.load(trainer, path, message.position)
+                except CheckpointError as error:
+                    if not checkpoint.superseded(path):
+                        raise
+                    self._log.warning("the others have gone on, and their checkpoints with them", why=str(error))
+                    self._await_state()
+                    return
             self._trainer = trainer
             seconds = round(time.perf_counter() - started, 3)
             self._log.info("model loaded", source=message.source, step=message.position.step, seconds=seconds)

@@ -44,7 +44,7 @@ def test_two_policies_share_every_step_and_end_equal(new_run: NewRun, recipe: Pa
 
 @pytest.mark.parametrize("name", ["policy-0", "policy-1"])
 def test_a_policy_killed_in_mid_step_costs_a_redo_and_joins_again(new_run: NewRun, recipe: Path, name: str) -> None:
-    run = new_run().up(recipe, "policy.replicas=2", "sft.batches=60", "train.batches=40", "rollout.replicas=1")
+    run = new_run().up(recipe, "policy.replicas=2", "sft.batches=1200")
     run.wait_for_steps(5, "sft")
     run.signal(pid_of(run, name), 9)
     run.wait_for(lambda: run.facts("caught_up"), f"{name} to join again")
@@ -75,7 +75,7 @@ def test_when_both_are_killed_the_run_rolls_back_and_both_are_members_again(new_
 
 @pytest.mark.slow
 def test_three_policies_lose_one_after_the_other(new_run: NewRun, recipe: Path) -> None:
-    run = new_run().up(recipe, "policy.replicas=3", "sft.batches=100", "train.batches=60", "train.mu=2")
+    run = new_run().up(recipe, "policy.replicas=3", "sft.batches=3000", "train.mu=2")
     run.wait_for_steps(5, "sft")
     for number, name in enumerate(("policy-0", "policy-2", "policy-1"), 1):
         run.signal(pid_of(run, name), 9)

@@ -294,6 +294,10 @@ class Checks:
     def _check_members(self, core: Core) -> None:
         """Several policies compute a step over a mesh of exactly them; a stale one is in it only as its joiner."""
         state, step = core.state, core.state.steps.step
+        applying = step.shares if step is not None and step.state == "committed" else {}
+        for replica in state.fleet.ready("policy"):
+            if replica.position != state.lineages.committed and replica.name not in applying:
+                self.broken(f"{replica.name} is ready with {replica.position}, and will not join again")
         if step is None or step.state != "computing":
             return
         for name in step.shares:
@@ -302,6 +306,8 @@ class Checks:
             if not (replica.state == "ready" and replica.position == state.lineages.committed) and not joins:
                 self.broken(f"{name} computes step {step.step}, and is {replica.state} with {replica.position}")
         mesh = state.meshes.meshes.get(step.mesh or 0)
+        if mesh is not None and mesh.state != "formed":
+            self.broken(f"step {step.step} is computed over mesh {mesh.epoch}, which is {mesh.state}")
         named = sorted(member.replica for member in mesh.members) if mesh is not None else sorted(step.shares)
         if named != sorted(step.shares) or (step.mesh is None and len(step.shares) > 1):
             self.broken(f"step {step.step} of {sorted(step.shares)} is reduced over a mesh of {named}")

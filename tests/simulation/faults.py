@@ -54,14 +54,30 @@ def draw_faults(seed: int, plan: Plan) -> list[Fault]:
         faults.append(
             Fault(kind, draw.uniform(0.0, lasts), draw.uniform(0.05, most), who, draw.randint(0, 60), draw.random())
         )
+    if "policy-1" in plan.replicas:
+        faults += _draw_policy_faults(seed, plan, lasts) if count else []
     return sorted(faults, key=lambda fault: fault.at)
+
+
+def _draw_policy_faults(seed: int, plan: Plan, lasts: float) -> list[Fault]:
+    """More trouble for several policies, so that there is always one that joins; from a stream of its own."""
+    draw = random.Random(f"{seed}/policy faults")
+    policies = [name for name in plan.replicas if name.startswith("policy")]
+    kinds = ["kill", "kill", "kill at commit", "freeze", "bad state", "torn sum", "torn sum"]
+    return [
+        Fault(
+            draw.choice(kinds), draw.uniform(0.0, lasts), draw.uniform(0.05, 2.0), draw.choice(policies),
+            draw.randint(0, 60), draw.random(),
+        )
+        for _ in range(draw.choice([2, 4, 8]))
+    ]  # fmt: skip
 
 
 def strike(fleet: Fleet, fault: Fault) -> None:
     """Let it happen."""
     if not fleet.complete and fleet.calm_since is None:
         fleet.world.say(f"FAULT {fault}")
-        _KINDS[fault.kind](fleet, fault)
+        (_POLICY_KINDS.get(fault.kind) or _KINDS[fault.kind])(fleet, fault)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -226,6 +242,15 @@ def _bad_copy(fleet: Fleet, fault: Fault) -> None:
     fleet.bad_copies += 1 + fault.number % 3
 
 
+def _bad_state(fleet: Fleet, fault: Fault) -> None:
+    fleet.bad_states += 1
+
+
+def _torn_sum(fleet: Fleet, fault: Fault) -> None:
+    """A connection between policies breaks, and whoever notices says so."""
+    fleet.torn_sums += 1 + fault.number % 2
+
+
 def _bad_checkpoint(fleet: Fleet, fault: Fault) -> None:
     fleet.bad_checkpoints += 1 + fault.number % 2
 
@@ -249,6 +274,7 @@ def _status(fleet: Fleet, fault: Fault) -> None:
     fleet.ask(StatusRequest())
 
 
+_POLICY_KINDS: dict[str, Callable[[Fleet, Fault], None]] = {"bad state": _bad_state, "torn sum": _torn_sum}
 _KINDS: dict[str, Callable[[Fleet, Fault], None]] = {
     "kill": _kill,
     "kill at commit": _kill_at_commit,

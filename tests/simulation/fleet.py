@@ -58,6 +58,7 @@ class Fleet:
         self.calm_since: float | None = None
         self.complete = False
         self.nans = self.bad_digests = self.bad_copies = self.bad_checkpoints = 0
+        self.bad_states = self.torn_sums = 0
         self.on_commit: list[Callable[[], None]] = []
         self._wanted: dict[str, int] = dict(plan.replicas)
         self._restarts: dict[str, int] = {}
@@ -237,12 +238,23 @@ class Fleet:
         self.bad_copies, now = max(self.bad_copies - 1, 0), self.bad_copies
         return chain + " with a flipped bit" if now else chain
 
+    def garble(self, chain: str) -> str:
+        """What arrives of the state of a policy."""
+        self.bad_states, now = max(self.bad_states - 1, 0), self.bad_states
+        return chain + " with an error" if now else chain
+
+    def sum_breaks(self) -> bool:
+        """Whether this sum of gradients shall break."""
+        self.torn_sums, now = max(self.torn_sums - 1, 0), self.torn_sums
+        return now > 0
+
     def calm(self) -> None:
         """No faults from here on."""
         self.world.say("faults are over")
         self.calm_since = self.world.now
         self.mischief = 0.0
         self.nans = self.bad_digests = self.bad_copies = self.bad_checkpoints = 0
+        self.bad_states = self.torn_sums = 0
         self.on_commit.clear()
         self.network.calm()
         self.image.room = None

@@ -27,6 +27,11 @@ class CheckpointFolder:
             del self.saved[f"{folder}/{step}"]
         return path
 
+    def superseded(self, path: str) -> bool:
+        """Whether it was deleted because later ones were written."""
+        step = int(path.rpartition("/")[2])
+        return path not in self.saved and any(position.step > step for position, _ in self.saved.values())
+
     def load(self, path: str, position: Position) -> str | None:
         """The chain of a checkpoint, if it may be loaded as this position."""
         found = self.saved.get(path)

@@ -119,7 +119,10 @@ class Membership:
         timeouts = self._process.fleet.plan.recipe.timeouts
         timeout_s = timeouts.transfer_s if combine is None else timeouts.step_s / 2
         awake = lambda what, cause: self._process.when_awake(lambda: over(what, cause))  # noqa: E731
-        if content is not None and combine is not None:
+        if combine is not None and self._process.fleet.sum_breaks():
+            group.leave(index, "a connection broke")
+            awake(None, "a connection broke")
+        elif content is not None and combine is not None:
             group.add_up(index, content, combine, awake, timeout_s)
         elif content is None:
             group.receive(index, awake, timeout_s)

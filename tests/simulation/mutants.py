@@ -336,22 +336,22 @@ MUTANTS = [
     ),
     Mutant(
         "a joiner is a member whatever its digest",
-        0,
+        41,
         ((f"{CORE}/rules/joining.py", "    if join.sent != join.received:\n", "    if False:\n"),),
     ),
     Mutant(
         "committed before the joiner has proved its state",
-        0,
+        22,
         ((f"{CORE}/rules/training.py", "    if undecided(turn):\n        return False\n", ""),),
     ),
     Mutant(
         "a policy joins in the middle of a batch",
-        0,
+        12,
         ((f"{CORE}/rules/members.py", "batch.index == 0 and _stands(turn, join)", "_stands(turn, join)"),),
     ),
     Mutant(
         "a step waits for ever for a mesh that was revoked",
-        0,
+        8,
         (
             (
                 f"{CORE}/rules/joining.py",
@@ -367,7 +367,7 @@ MUTANTS = [
     ),
     Mutant(
         "a step of several begins before their mesh has formed",
-        0,
+        1,
         (
             (
                 f"{CORE}/rules/members.py",

@@ -105,10 +105,15 @@ def _draw_fanout(
 
 
 def _draw_policies(seed: int, tree: dict[str, Any], replicas: dict[str, int], speed: dict[str, float]) -> None:
-    """Several policies in some lives; from a stream of its own, so that the others are what they were before."""
+    """Several policies in some lives, and more batches for them to join in.
+
+    From a stream of its own, so that the other lives are what they were before.
+    """
     draw = random.Random(f"{seed}/policies")
     count = draw.choice([1, 1, 2, 3])
     tree["policy"] = {"replicas": count}
+    if count > 1 and "train" in tree:
+        tree["train"]["batches"] = draw.randint(6, 16)
     for number in range(1, count):
         replicas[f"policy-{number}"] = draw.choice([1, 1, 2])
         speed[f"policy-{number}"] = draw.choice([0.5, 1.0, 1.0, 2.0])

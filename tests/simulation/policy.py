@@ -154,6 +154,10 @@ class Policy:
                 chain = payload.INITIAL
             else:
                 found = self.fleet.folder.load(message.path, message.position)
+                if found is None and self.fleet.folder.superseded(message.path):
+                    self._forget()
+                    self.process.send(StateLoaded(None))
+                    return
                 if found is None:
                     self.fleet.checks.broken(f"{self.process.name} cannot load {message.path} as {message.position}")
                     return
@@ -297,7 +301,7 @@ class Policy:
         def done(what: str | None, cause: str) -> None:
             if what is None:
                 return
-            chain = self.fleet.corrupt(what)
+            chain = self.fleet.garble(what)
             if chain == what:
                 self._hold(message.position, chain)
             else:

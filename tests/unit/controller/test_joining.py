@@ -26,6 +26,7 @@ from shared.messages import (
     RevokeMesh,
     SaveCheckpoint,
     SendState,
+    StateDigest,
     StateReceived,
     StateSent,
     StepApplied,
@@ -355,6 +356,31 @@ def test_whoever_differs_from_the_writer_forgets_its_state_and_joins_again() -> 
     assert world.core.state.joining.mismatches == 1
     assert joined(world) == ["policy-1"]
     assert all(not fact.different for fact in world.of(Compared)[1:])  # type: ignore[attr-defined]
+    assert world.ended is not None and world.ended.outcome == "complete"
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_whoever_turns_out_to_differ_in_a_later_step_leaves_it(committed: bool) -> None:
+    world = pair(checkpoint={"every": 2})
+    second = world.models["policy-1"]
+    second.silent = {CheckState}
+    world.run(lambda: world.core.state.lineages.committed.step == 2 + committed)
+    step = world.core.state.steps.step
+    if not committed:
+        world.run(lambda: world.core.state.steps.step is not None and world.core.state.steps.step.step == 2)
+        step = world.core.state.steps.step
+    assert step is not None and (step.state == "committed") == committed
+    aborted = len(world.of(Aborted))
+    asked = second.told(CheckState)[0]
+    assert isinstance(asked, CheckState)
+    world.run(lambda: "policy-0" in world.core.state.joining.comparison.digests)  # type: ignore[union-attr]
+    assert world.say(second, StateDigest(asked.position, "another")) == "fresh"
+    now = world.core.state.steps.step
+    assert now is None or "policy-1" not in now.shares
+    assert len(world.of(Aborted)) == aborted + (not committed)
+    second.silent = set()
+    world.deliver()
+    assert joined(world) == ["policy-1"]
     assert world.ended is not None and world.ended.outcome == "complete"
 
 

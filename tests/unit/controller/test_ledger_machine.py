@@ -220,8 +220,9 @@ class LedgerMachine(RuleBasedStateMachine):
             if self.entries[number].state == "reported" and self.entries[number].purpose != "eval":
                 self.move("assign", number, self.ledger.assign)
             if self.entries[number].state in ("reported", "assigned"):
-                self.move("consume", number, lambda g: self.ledger.consume(g, self.lineage))
-                self.account.consumed.add(number)
+                consumed = self.move("consume", number, lambda g: self.ledger.consume(g, self.lineage))
+                if consumed is not None:  # a judged row that another move has assigned never is
+                    self.account.consumed.add(number)
 
     def _having(self, state: str, purpose: str | None = None) -> list[tuple[int, Entry]]:
         return [(n, e) for n, e in self.entries.items() if e.state == state and purpose in (None, e.purpose)]

@@ -202,6 +202,16 @@ def test_whoever_waits_for_anothers_state_forgets_its_own_and_takes_no_step(runn
     assert load(running) == StateLoaded(START), "it has said nothing else, and lives"
 
 
+def test_a_checkpoint_that_later_ones_have_replaced_is_no_error_but_a_state_to_be_received(running: Running) -> None:
+    controller = running.controller
+    (running.folder / "checkpoints" / "7").mkdir(parents=True)
+    order = LoadState("checkpoint", Position(0, 3, 3), "checkpoints/3")
+    assert controller.ask(order, StateLoaded) == StateLoaded(None)
+    failed = controller.ask(LoadState("checkpoint", Position(0, 9, 9), "checkpoints/9"), ReplicaFailed)
+    assert failed.fatal, "nobody has gone on: it should be there"
+    assert running.wait() == EXIT_FATAL
+
+
 def test_a_state_that_does_not_come_is_told_as_a_mesh_that_failed(running: Running) -> None:
     controller = running.controller
     controller.ask(LoadState("peer", START, ""), StateLoaded)

@@ -261,7 +261,7 @@ def _distrust(turn: Turn, replica: Replica) -> None:
         if step.state == "computing":
             abort_step(turn, f"{replica.name} holds another state than the others")
         else:
-            state.steps.dropmember(replica.name)
+            state.steps.drop_member(replica.name)
 
 
 def _make_stale(turn: Turn, replica: Replica) -> None:
