@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from services.controller.core.ledger import PURPOSES
+from services.controller.core.ledger import PURPOSES, Group
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.rules.losing import lose
 from services.controller.core.rules.saving import checkpoint_failed
@@ -15,13 +15,17 @@ from shared.config import Recipe
 from shared.messages import Role
 
 
+_WAITS = {"joining": "timeouts.load_s", "loading": "timeouts.load_s", "draining": "timeouts.exit_s"}
+
+
 def next_deadline(state: State, recipe: Recipe) -> float:
     """The earliest moment at which something runs out, in the controller's clock; never, once the run has ended."""
     return math.inf if state.stages.outcome else min(_moments(state, recipe))
 
 
 def _moments(state: State, recipe: Recipe) -> Iterator[float]:
-    yield state.progressed + recipe.timeouts.stall_s
+    if not state.steering.paused:
+        yield state.progressed + recipe.timeouts.stall_s
     for purpose in PURPOSES:
         group = state.ledger.first("leased", purpose)  # shelves are in order of deadlines
         if group is not None:
@@ -50,10 +54,10 @@ def expire(turn: Turn) -> None:
     state, now = turn.state, turn.state.now
     for group in state.ledger.having("leased"):
         if group.state == "leased" and group.deadline <= now:  # an earlier one may have taken its wave back with it
-            give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
+            _expire_lease(turn, group)
     for replica in state.fleet.live():
         if replica.deadline is not None and replica.deadline <= now:
-            waited = "timeouts.load_s" if replica.state in ("joining", "loading") else "timeouts.rejoin_s"
+            waited = _WAITS.get(replica.state, "timeouts.rejoin_s") if replica.confirmed else "timeouts.rejoin_s"
             lose(turn, replica, f"the controller waited for it in state {replica.state} past {waited}")
     for mesh in list(state.meshes.meshes.values()):
         if mesh.state in ("minting", "forming") and mesh.deadline <= now:
@@ -65,13 +69,28 @@ def expire(turn: Turn) -> None:
         revoke_mesh(turn, transfer.epoch, "the transfer took longer than timeouts.transfer_s", failed=True)
     saving = state.lineages.saving
     if saving is not None and saving.deadline <= now:
-        checkpoint_failed(turn, f"{saving.replica} did not answer within timeouts.checkpoint_s")
+        cause = f"{saving.replica} did not answer within timeouts.checkpoint_s"
+        checkpoint_failed(turn, cause)
+        lose(turn, state.fleet.replicas[saving.replica], cause)
     if state.stages.stopping and state.stages.stop_deadline <= now:
         state.stages.finish(
             "stopped", f"{state.stages.stopping}; the batch in hand was not finished within timeouts.step_s"
         )
-    if state.progressed + turn.recipe.timeouts.stall_s <= now:
+    if not state.steering.paused and state.progressed + turn.recipe.timeouts.stall_s <= now:
         state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state, turn.recipe)}")
+
+
+def _expire_lease(turn: Turn, group: Group) -> None:
+    """The lease of a replica that answers others goes to somebody else; one that answers nothing at all is stuck.
+
+    (Not a policy: worked answers wait behind the step that it computes, which has a deadline of its own.)
+    """
+    replica = turn.state.fleet.replicas[group.replica]
+    silent = replica.answered + turn.recipe.timeouts.lease_s <= turn.state.now
+    if silent and replica.role != "policy":
+        lose(turn, replica, "it has leases and answered none of them within timeouts.lease_s")
+    else:
+        give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
 
 
 def _expire_step(turn: Turn) -> None:

@@ -12,7 +12,9 @@ from services.controller.core.ledger import Group, Ledger
 from services.controller.core.lineages import Lineages
 from services.controller.core.meshes import Meshes
 from services.controller.core.outcome import AnyFact, Effect, Outcome, Send
+from services.controller.core.scaling import Scaling
 from services.controller.core.stages import StageName, Stages
+from services.controller.core.steering import Steering
 from services.controller.core.steps import Steps
 from services.controller.core.weights import Weights
 from shared.config import Recipe, live_values
@@ -31,6 +33,7 @@ class State(msgspec.Struct):
     lineages: Lineages
     stages: Stages
     hyperparameters: Hyperparameters
+    scaling: Scaling
     run: str = ""
     term: int = 0
     now: float = 0.0
@@ -41,6 +44,7 @@ class State(msgspec.Struct):
     meshes: Meshes = msgspec.field(default_factory=Meshes)
     weights: Weights = msgspec.field(default_factory=Weights)
     evaluation: Evaluation = msgspec.field(default_factory=Evaluation)
+    steering: Steering = msgspec.field(default_factory=Steering)
     sent: dict[str, list[str]] = {}
 
     @property
@@ -66,6 +70,7 @@ def initial_state(recipe: Recipe) -> State:
         lineages=Lineages(committed=Position(1, 0, 0), settled=Position(1, 0, 0)),
         stages=Stages(names=[*stages, "closing", "over"]),
         hyperparameters=Hyperparameters(values=live_values(recipe)),
+        scaling=Scaling.of(recipe),
     )
 
 
@@ -109,7 +114,7 @@ class Turn:
     @property
     def bound(self) -> int:
         """The staleness bound in force; worked answers of SFT have no version and no bound."""
-        return self.recipe.train.max_staleness if self.recipe.train is not None else 0
+        return self.state.hyperparameters.whole("train.max_staleness") if self.recipe.train is not None else 0
 
     def trained(self) -> int:
         """Groups' worth of batches committed in this stage."""

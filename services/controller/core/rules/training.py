@@ -14,6 +14,7 @@ from services.controller.core.events import Spooled
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group, GroupState
 from services.controller.core.outcome import Aborted, Assigned, Committed, Consumed, Discarded, RecordMetrics, Revised
+from services.controller.core.rules.draining import somebody_hands_over
 from services.controller.core.rules.judging import gating_round_due
 from services.controller.core.state import Turn
 from services.controller.core.steps import Batch, Step
@@ -56,6 +57,8 @@ def form_batch(turn: Turn) -> bool:
     if state.steps.batch is not None or state.steps.step is not None or state.stages.stopping or state.stages.outcome:
         return False
     if state.stages.name not in ("sft", "train") or gating_round_due(turn):
+        return False
+    if state.steering.paused or somebody_hands_over(turn):
         return False
     if state.steps.pending:
         state.steps.batch = state.steps.pending.pop(0)
@@ -116,8 +119,8 @@ def begin_step(turn: Turn) -> bool:
     members = [replica for replica in state.fleet.ready("policy") if replica.position == state.lineages.committed]
     if not members:
         return False
-    for changes in state.hyperparameters.advance(state.lineages.committed.step):
-        turn.fact(Revised(state.hyperparameters.revision, state.lineages.committed.step, changes))
+    for revision in state.hyperparameters.advance(state.lineages.committed.step, state.now):
+        turn.fact(Revised(revision.revision, revision.step, revision.changes))
     groups = [turn.group(number) for number in batch.plan[batch.index]]
     state.steps.begin(
         Step(
@@ -284,6 +287,7 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
         "sync_seconds": state.weights.last_seconds,
         "sync_bytes": state.weights.last_bytes,
     }
+    line |= {f"set/{name}": value for name, value in state.hyperparameters.changed.items()}
     line |= {f"groups/{kind}": state.ledger.count(kind, batch.stage) for kind in WAITING}
     if batch.stage == "train":
         of_all, of_batch = state.ledger.take_reward(), sum(rewards) / len(rewards)
