@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +48,8 @@ def evaluate(
     from shared.config import load_recipe
 
     try:
+        if out is not None:
+            _make_room(out)
         source = find_model(model)
         known = load_recipe(recipe) if recipe is not None else source.recipe
         changes = {
@@ -124,6 +128,27 @@ def _show(label: str, asked: Asked, judgement: Judgement) -> None:
         console.error(f"{len(judgement.errors)} problems count as wrong, unjudged; the first: {judgement.errors[0]}")
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Errors of the file system in words for whoever gave --out."""
+    from deploy.cli.evaluated import EvalError
+
+    try:
+        yield
+    except OSError as error:
+        raise EvalError(f"--out {path}: the verdict cannot be written: {error.strerror}; give another path") from error
+
+
+def _make_room(path: Path) -> None:
+    """Make the folder and try the file, so that a wrong --out costs no judging; nothing is left of the trial."""
+    with _writing(path):
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if not there:
+            path.unlink()
+
+
 def _write(path: Path, label: str, asked: Asked, judgement: Judgement) -> None:
     document = {
         "model": label,
@@ -141,10 +166,5 @@ def _write(path: Path, label: str, asked: Asked, judgement: Judgement) -> None:
             for problem in judgement.problems
         ],
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        from deploy.cli.evaluated import EvalError
-
-        raise EvalError(f"--out {path}: the verdict cannot be written: {error.strerror}; give another path") from error

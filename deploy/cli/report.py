@@ -78,8 +78,9 @@ def _tell_story(story: object) -> None:
         for number, line in enumerate(stage_lines(stage)):
             console.out.print(f"{'' if number else stage.name:<7} {line}", markup=False)
     for title, sample in typical(story.samples):
-        asked, answered = escape(_one_line(sample.prompt)), escape(_one_line(sample.completion))
-        console.out.print(f"{title:<7} reward {sample.reward:g}: [dim]{asked}[/][cyan]{answered}[/]")
+        asked, answered = escape(_one_line(sample.question)), escape(_one_line(sample.completion))
+        reference = f" [dim](reference: {escape(_one_line(sample.answer))})[/]" if sample.answer else ""
+        console.out.print(f"{title:<7} reward {sample.reward:g}: [dim]{asked}[/] [cyan]{answered}[/]{reference}")
     if story.stages:
         for hint in hints(story):
             console.out.print(f"[yellow]next[/]    {escape(hint)}")

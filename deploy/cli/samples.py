@@ -20,6 +20,7 @@ def samples(
     best: Annotated[bool, typer.Option("--best", help="highest reward first")] = False,
     worst: Annotated[bool, typer.Option("--worst", help="lowest reward first")] = False,
     count: Annotated[int, typer.Option("-n", min=1, help="how many")] = 5,
+    raw: Annotated[bool, typer.Option("--raw", help="prompts as the model read them, chat template and all")] = False,
     held_out: Annotated[bool, typer.Option("--held-out", help="answers to held-out problems")] = False,
 ) -> None:
     """Show sampled answers with their rewards: the newest ones, or the best, or the worst."""
@@ -49,11 +50,11 @@ def samples(
     else:
         chosen = chosen[-count:] if step is None else chosen[:count]
     for sample in chosen:
-        show(sample)
+        show(sample, raw=raw)
 
 
-def show(sample: Sample) -> None:
-    """One sample: where it is from, its reward, prompt and answer."""
+def show(sample: Sample, *, raw: bool) -> None:
+    """One sample: where it is from, its reward, the question, the completion, the reference answer."""
     parts = "  ".join(f"{name} {value:g}" for name, value in sample.parts.items())
     first, last = sample.versions
     versions = f"version {first}" if first == last else f"versions {first}-{last}"
@@ -61,5 +62,6 @@ def show(sample: Sample) -> None:
     origin = f"group {sample.group}, row {sample.row} of {sample.dataset}, {versions}, {sample.length} tokens"
     figures = f"{parts}  group mean {sample.mean:.3g}  {origin}"
     console.out.print(f"[bold]reward {sample.reward:g}[/]  [dim]{escape(figures)}[/]{cut}")
-    console.out.print(f"[dim]{escape(sample.prompt.rstrip())}[/]")
-    console.out.print(f"[cyan]{escape(sample.completion)}[/]\n")
+    console.out.print(f"[dim]{escape(sample.prompt.rstrip() if raw else sample.question)}[/]")
+    console.out.print(f"[cyan]{escape(sample.completion)}[/]")
+    console.out.print(f"[dim]reference: {escape(sample.answer)}[/]\n" if sample.answer else "")

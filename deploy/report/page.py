@@ -106,11 +106,13 @@ def _samples(story: Story) -> str:
 def _sample(title: str, sample: Sample) -> str:
     parts = ", ".join(f"{name} {value:g}" for name, value in sample.parts.items())
     cut = ", cut off" if sample.truncated else ""
+    expected = f"<tr><th>reference</th><td><pre>{_text(sample.answer)}</pre></td></tr>" if sample.answer else ""
     return (
         f"<table><tr><th>{_text(title)}</th><td>reward <b>{sample.reward:g}</b> ({_text(parts)}), "
         f"{sample.length} tokens{cut}, group {sample.group}, row {sample.row} of {_text(sample.dataset)}</td></tr>"
-        f"<tr><th>prompt</th><td><pre>{_text(sample.prompt)}</pre></td></tr>"
-        f"<tr><th>answer</th><td><pre>{_text(sample.completion)}</pre></td></tr></table><hr>"
+        f"<tr><th>question</th><td><pre>{_text(sample.question)}</pre></td></tr>"
+        f"<tr><th>completion</th><td><pre>{_text(sample.completion)}</pre></td></tr>{expected}</table>"
+        f"<details><summary>as the model read it</summary><pre>{_text(sample.prompt)}</pre></details><hr>"
     )
 
 

@@ -17,7 +17,10 @@ from shared.records import read_journal
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion of a prompt group. `mean` is the group's mean reward."""
+    """One completion of a prompt group: `prompt` is all that the model read, `question` what the row asks.
+
+    `answer` is the row's reference answer ("" if it has none), `mean` the group's mean reward.
+    """
 
     group: int
     attempt: int
@@ -27,6 +30,8 @@ class Sample:
     dataset: str
     row: int
     prompt: str
+    question: str
+    answer: str
     completion: str
     reward: float
     parts: dict[str, float]
@@ -91,6 +96,8 @@ def _samples_of(line: dict[str, Any]) -> Iterator[Sample]:
             dataset=line["dataset"],
             row=line["row"],
             prompt=line["prompt"],
+            question=line["question"],
+            answer=line["answer"],
             completion=line["completions"][index],
             reward=reward,
             parts=line["parts"][index],

@@ -1,9 +1,10 @@
-"""Makes the pictures of the documentation from a real run: the live view, the summary, the curves.
+"""Makes the pictures of the documentation from a real run: the live view, the summary, the curves, the report.
 
     make pictures            (or: python docs/pictures/make.py [RECIPE] [--set a.b=c ...])
 
 A run is started as a person would; while it goes on, its live view is looked at from here, as `orrery status --watch`
-does, and what it showed in the middle of RL is kept. Writes live.svg, summary.svg and curves.png beside this file.
+does, and what it showed in the middle of RL is kept. Writes live.svg, summary.svg and curves.png beside this file, and
+report.png where a Chromium is installed (`apt-get install chromium`), which draws the page without a screen.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from deploy.cli.report import summarise  # noqa: E402
 WIDTH = 104
 LOOK_S = 0.5
 PATIENCE_S = 900.0
+BROWSER_S = 120.0
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PAGE = (1100, 1500)
+"""Width and height of the picture of the report: its upper part, down to the first sample."""
 WANTED = 0.7
 """The share of RL's batches after which the live view is pictured."""
 
@@ -48,6 +53,7 @@ def main() -> None:
         save(HERE / "live.svg", "orrery up recipes/quickstart.toml", lambda shown: shown.print(view(picture, UP_HINT)))
         save(HERE / "summary.svg", "the end of orrery up", lambda _: summarise(run, 0), cut=scratch)
         shutil.copy(run / "report" / "curves.png", HERE / "curves.png")
+        photograph(run / "report" / "index.html", HERE / "report.png", cut=scratch)
     print(f"written: {', '.join(sorted(path.name for path in HERE.iterdir() if path.suffix in ('.svg', '.png')))}")
 
 
@@ -88,6 +94,22 @@ def save(path: Path, title: str, show: object, *, cut: str = "") -> None:
         text = re.sub(re.escape(cut), "runs", text)
     text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)  # fonts from the network are not needed
     path.write_text(text, encoding="utf-8")
+
+
+def photograph(page: Path, path: Path, *, cut: str) -> None:
+    """Draw the upper part of an HTML page as PNG; `cut` is a folder whose name is left out of paths."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        print(f"{path.name} is as it was: no browser ({', '.join(BROWSERS)}) is installed")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        shown = Path(scratch) / "index.html"
+        shown.write_text(page.read_text(encoding="utf-8").replace(cut, "runs"), encoding="utf-8")
+        size = ",".join(map(str, PAGE))
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={size}"]
+        # a profile of its own: nothing of the person's is read or written
+        command = [browser, *options, f"--user-data-dir={scratch}/profile", f"--screenshot={path}", shown.as_uri()]
+        subprocess.run(command, check=True, timeout=BROWSER_S, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,18 @@ class GrantRejected(Exception):
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A granted prompt group: its encoded prompt, and its samples as they finish, by sample index."""
+    """A granted prompt group: its encoded prompt, and its samples as they finish, by sample index.
+
+    `question` and `answer` are the row's, for a person who reads the samples.
+    """
 
     grant: Grant
     prompt: list[int]
     started: float
     samples: list[Finished | None]
     seconds: float = 0.0
+    question: str = ""
+    answer: str = ""
 
     @property
     def ref(self) -> LeaseRef:
@@ -91,7 +96,8 @@ class Generation:
             )
         room = self.engine.context - grant.sampling.max_new_tokens
         try:
-            prompt = encode_prompt(self._tokenizer, dataset.row(grant.row), max(1, room))
+            row = dataset.row(grant.row)
+            prompt = encode_prompt(self._tokenizer, row, max(1, room))
         except PromptTooLong as error:
             kept = f"{grant.sampling.max_new_tokens} of {self.engine.context} tokens are kept for the response"
             raise GrantRejected("prompt_too_long", f"{error} ({kept})") from error
@@ -99,7 +105,8 @@ class Generation:
             raise GrantRejected("row_invalid", str(error)) from error
         except Exception as error:  # rows come from foreign generators and files
             raise GrantRejected("row_invalid", f"{type(error).__name__}: {error}") from error
-        return Group(grant, prompt, time.monotonic(), [None] * grant.samples)
+        samples: list[Finished | None] = [None] * grant.samples
+        return Group(grant, prompt, time.monotonic(), samples, question=row.messages[-1]["content"], answer=row.answer)
 
     def start(self, groups: Sequence[Group]) -> None:
         """Take the prepared groups of one `Lease` message."""

@@ -57,6 +57,8 @@ class SampleLog:
                     "dataset": grant.dataset,
                     "row": grant.row,
                     "prompt": prompt,
+                    "question": group.question,
+                    "answer": group.answer,
                     "completions": list(completions),
                     "rewards": [scored.total for scored in scores],
                     "parts": [scored.parts for scored in scores],

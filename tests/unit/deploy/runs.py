@@ -73,6 +73,7 @@ def write_group(folder: Path, group: int, rewards: list[float], *, attempt: int 
     count = len(rewards)
     record = {"time": "2026-01-01T00:00:00Z", "group": group, "attempt": attempt, "purpose": purpose, "lineage": 1}
     record |= {"versions": [0, 1], "dataset": "sums", "row": group, "prompt": f"<ask>{group}+1"}
+    record |= {"question": f"{group}+1", "answer": str(group + 1)}
     record |= {"completions": [f"answer {group}.{i} of attempt {attempt}" for i in range(count)], "rewards": rewards}
     record |= {"parts": [{"exact": r} for r in rewards], "lengths": [5] * count, "truncated": [False] * count}
     with (folder / "samples" / "rollout-0.jsonl").open("a") as file:

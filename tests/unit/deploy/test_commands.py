@@ -45,6 +45,13 @@ def test_the_newest_samples_are_shown_with_their_rewards(tmp_path: Path, orrery:
     assert "exact 0.8" in shown.output and "row 8 of sums" in shown.output and "answer 8.3" in shown.output
 
 
+def test_samples_show_the_question_and_its_reference_and_raw_the_whole_prompt(tmp_path: Path, orrery: Orrery) -> None:
+    run = str(make_run(tmp_path / "run"))
+    shown, raw = orrery("samples", run, "-n", "1").output, orrery("samples", run, "-n", "1", "--raw").output
+    assert "8+1" in shown and "reference: 9" in shown
+    assert "<ask>" not in shown and "<ask>8+1" in raw
+
+
 @pytest.mark.parametrize(("option", "rewards"), [("--best", ["1", "1", "1"]), ("--worst", ["0", "0", "0"])])
 def test_best_and_worst_are_sorted_by_reward(tmp_path: Path, orrery: Orrery, option: str, rewards: list[str]) -> None:
     shown = orrery("samples", str(make_run(tmp_path / "run")), option, "-n", "3")
@@ -173,3 +180,13 @@ def test_help_loads_nothing_that_takes_long() -> None:
     )
     heavy = {"pydantic", "zmq", "torch", "numpy", "matplotlib", "structlog", "msgspec", "asyncio"}
     assert not heavy & set(loaded.stdout.split())
+
+
+def test_a_verdict_that_could_not_be_written_is_not_begun(tmp_path: Path, orrery: Orrery) -> None:
+    (tmp_path / "file").write_text("no folder")
+    shown = orrery("eval", "no-such-model", "--suite", "task:chain_sum", "--out", str(tmp_path / "file" / "verdict"))
+    assert shown.exit_code == 2
+    assert "--out" in shown.output and "give another path" in shown.output
+    out = tmp_path / "new" / "verdict.json"
+    assert "expected a suite" in orrery("eval", "no-such-model", "--out", str(out)).output
+    assert out.parent.is_dir() and not out.exists()

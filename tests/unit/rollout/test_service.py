@@ -100,7 +100,8 @@ def test_a_group_leaves_a_line_that_a_person_can_read(rig: Rig) -> None:
     rig.until(lambda: bool(rig.bus.of(GroupReport)))
     (line,) = (rig.folder / "run" / "samples" / "rollout-0.jsonl").read_text().splitlines()
     sample = json.loads(line)
-    assert "4 + 1?" in sample["prompt"]
+    assert "4 + 1?" in sample["prompt"] and sample["prompt"] != sample["question"]
+    assert (sample["question"], sample["answer"]) == ("4 + 1?", "5")
     assert (sample["group"], sample["purpose"], sample["row"], sample["versions"]) == (5, "train", 4, [1, 1])
     assert len(sample["completions"]) == len(sample["rewards"]) == 3
 

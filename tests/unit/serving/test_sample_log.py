@@ -15,7 +15,8 @@ def write(log: SampleLog, number: int) -> None:
     grant = SimpleNamespace(group=number, attempt=1, purpose="train", lineage=1, dataset="sums", row=0)
     sample = SimpleNamespace(tokens=np.zeros(3), versions=np.array([1, 2, 2]), truncated=False)
     score = SimpleNamespace(total=1.0, parts={"exact": 1.0})
-    log.write(SimpleNamespace(grant=grant, finished=lambda: [sample]), "ask", ["answer"], [score])  # type: ignore[arg-type,list-item]
+    group = SimpleNamespace(grant=grant, finished=lambda: [sample], question="1+1", answer="2")
+    log.write(group, "<ask>1+1", ["answer"], [score])  # type: ignore[arg-type,list-item]
 
 
 def groups(path: Path) -> list[int]:
@@ -28,7 +29,8 @@ def test_a_group_is_one_line_with_its_versions(tmp_path: Path) -> None:
     log.close()
     line = json.loads((tmp_path / "samples" / "rollout-0.jsonl").read_text())
     assert (line["group"], line["versions"], line["rewards"]) == (7, [1, 2], [1.0])
-    assert (line["prompt"], line["completions"]) == ("ask", ["answer"])
+    assert (line["prompt"], line["question"], line["answer"]) == ("<ask>1+1", "1+1", "2")
+    assert line["completions"] == ["answer"]
 
 
 def test_a_full_file_is_set_aside_and_the_one_before_it_dropped(tmp_path: Path) -> None:
