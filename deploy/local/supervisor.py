@@ -3,8 +3,8 @@
 Called by `orrery up` and `orrery resume`, in the main thread. Which replicas run is the controller's to say
 (`wanted.py`). Whether a process that ended is started again depends on its exit code (`shared/service.py`): 2 and 3 end
 the run, a replica's 0 is a leave that the controller knows of, anything else is restarted under the same name, after a
-growing pause, while it is wanted. The run is over when the controller exits with 0. Invariant: when `run` returns, every process that it
-started has ended; when the supervisor itself is killed, the kernel kills them.
+growing pause, while it is wanted. The run is over when the controller exits with 0. Invariant: when `run` returns,
+every process that it started has ended; when the supervisor itself is killed, the kernel kills them.
 """
 
 from __future__ import annotations

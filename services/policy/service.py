@@ -383,5 +383,3 @@ def _open_datasets(recipe: Recipe) -> tuple[dict[str, Dataset], DataError | None
         return {name: open_dataset(name, recipe.data[name])}, None
     except DataError as error:
         return {}, error
-
-

@@ -241,7 +241,7 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
         case Goodbye():
             losing.lose(turn, replica, message.cause, left=True)
         case Leaving():
-            draining.ask_to_leave(turn, replica, message.cause)
+            losing.ask_to_leave(turn, replica, message.cause)
         case ReplicaFailed():
             losing.lose(turn, replica, message.cause)
             if message.fatal:

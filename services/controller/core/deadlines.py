@@ -14,7 +14,6 @@ from services.controller.core.state import State, Turn
 from shared.config import Recipe
 from shared.messages import Role
 
-
 _WAITS = {"joining": "timeouts.load_s", "loading": "timeouts.load_s", "draining": "timeouts.exit_s"}
 
 
@@ -81,14 +80,15 @@ def expire(turn: Turn) -> None:
 
 
 def _expire_lease(turn: Turn, group: Group) -> None:
-    """The lease of a replica that answers others goes to somebody else; one that answers nothing at all is stuck.
+    """A straggler of a replica that has answered others is leased afresh; one that answers nothing at all is stuck.
 
     (Not a policy: worked answers wait behind the step that it computes, which has a deadline of its own.)
     """
     replica = turn.state.fleet.replicas[group.replica]
-    silent = replica.answered + turn.recipe.timeouts.lease_s <= turn.state.now
-    if silent and replica.role != "policy":
-        lose(turn, replica, "it has leases and answered none of them within timeouts.lease_s")
+    if not turn.state.fleet.is_current(group.replica, group.incarnation):
+        return  # lost a moment ago, and the group was given up with it
+    if replica.answered < group.leased_at and replica.role != "policy":
+        lose(turn, replica, "it has answered nothing since it was leased a group, for timeouts.lease_s")
     else:
         give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
 

@@ -11,16 +11,7 @@ from __future__ import annotations
 
 from services.controller.core.fleet import Replica
 from services.controller.core.outcome import Draining
-from services.controller.core.rules.losing import lose
 from services.controller.core.state import State, Turn
-
-
-def ask_to_leave(turn: Turn, replica: Replica, cause: str) -> None:
-    """Somebody wants this live replica to go; `drain_replicas` sees to it."""
-    if replica.state == "joining":  # not all of its ranks are there, nobody has work for it
-        lose(turn, replica, cause)
-    elif replica.state != "draining":
-        turn.state.fleet.leaving.setdefault(replica.name, cause)
 
 
 def drain_replicas(turn: Turn) -> bool:

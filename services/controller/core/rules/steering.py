@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from services.controller.core.events import SteeringOrder
-from services.controller.core.rules.draining import ask_to_leave
+from services.controller.core.rules.losing import ask_to_leave
 from services.controller.core.state import State, Turn
 from shared.config import Recipe
 from shared.messages import (
@@ -88,7 +88,9 @@ def became(state: State, order: SteeringOrder) -> str:
     under_way = "the batch in hand is finished first" if not _idle(state) else "at once"
     match order:
         case PauseRun():
-            return f"paused after version {committed.version}: no new batch begins ({under_way}); 'orrery resume' ends it"
+            return (
+                f"paused after version {committed.version}: no new batch begins ({under_way}); 'orrery resume' ends it"
+            )
         case ResumeRun():
             return f"goes on from version {committed.version}"
         case CheckpointRun():
