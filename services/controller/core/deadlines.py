@@ -19,7 +19,7 @@ _WAITS = {"joining": "timeouts.load_s", "loading": "timeouts.load_s", "draining"
 
 def next_deadline(state: State, recipe: Recipe) -> float:
     """The earliest moment at which something runs out, in the controller's clock; never, once the run has ended."""
-    return math.inf if state.stages.outcome else min(_moments(state, recipe))
+    return math.inf if state.stages.outcome else min(_moments(state, recipe), default=math.inf)
 
 
 def _moments(state: State, recipe: Recipe) -> Iterator[float]:
