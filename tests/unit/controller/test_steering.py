@@ -164,6 +164,15 @@ def test_a_staleness_bound_that_is_lowered_is_kept_from_its_step_on(at_step: int
     assert formed and all((fact.bound, fact.staleness) == (0, 0) for fact in formed)
 
 
+def test_a_staleness_bound_that_is_raised_while_a_step_is_computed_holds_nothing_up() -> None:
+    world = small_world(train={"batches": 6, "max_staleness": 0})
+    world.run(lambda: world.core.state.version == 1)
+    world.change({"train.max_staleness": 3})
+    world.deliver()
+    assert world.ended is not None and world.ended.outcome == "complete"
+    assert {fact.revision for fact in world.of(Revised)} == {1}
+
+
 def test_leases_carry_the_reward_weights_of_their_revision() -> None:
     parts = {"parts": [{"kind": "exact", "weight": 1.0}, {"kind": "format", "weight": 0.5}]}
     world = small_world(train={"batches": 6}, rewards=parts)

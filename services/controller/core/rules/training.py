@@ -223,13 +223,25 @@ def abort_step(turn: Turn, cause: str) -> None:
 
 
 def commit_step(turn: Turn) -> bool:
-    """Commit when all have voted yes and the new version would leave no live token behind the bound."""
+    """Commit when all have voted yes and the new version would leave no live token behind the bound.
+
+    A group that is still sampled is waited for. A reported one can only be too old when the bound was lowered since its
+    batch, or the one in hand, was formed: it is of no use any more.
+    """
     state, batch, step = turn.state, turn.state.steps.batch, turn.state.steps.step
     if batch is None or step is None or step.state != "computing" or not all(step.votes.get(n) for n in step.shares):
         return False
     last = batch.index + 1 == len(batch.plan)
-    if last and batch.stage == "train" and _too_old(turn, state.version + 1 - batch.bound):
-        return False
+    if last and batch.stage == "train":
+        least = state.version + 1 - turn.bound
+        running = state.ledger.oldest("leased", "train")
+        if running is not None and running < least:
+            return False
+        waiting = state.ledger.oldest("reported", "train")
+        if waiting is not None and waiting < least:
+            for group in state.ledger.having("reported", "train"):
+                if group.oldest < least:
+                    _discard_stale(turn, group)
     state.steps.commit()
     turn.fact(Committed(state.lineage, step.step, step.attempt, state.version))
     turn.progress()
@@ -329,11 +341,6 @@ def _share(groups: list[Group], members: list[Replica]) -> dict[str, list[int]]:
         shares[lightest].append(group.id)
         load[lightest] += len(group.lengths) * group.prompt_length + sum(group.lengths)
     return {name: sorted(numbers) for name, numbers in shares.items()}
-
-
-def _too_old(turn: Turn, least: int) -> bool:
-    ages = (turn.state.ledger.oldest("leased", "train"), turn.state.ledger.oldest("reported", "train"))
-    return any(age is not None and age < least for age in ages)
 
 
 def _filtered(turn: Turn) -> list[Group]:
