@@ -282,10 +282,7 @@ class Shell:
             case PauseRun() | ResumeRun() | CheckpointRun() | EvaluateRun() | DrainReplica() | ScaleFleet():
                 self._take_order(incoming, envelope.body)
             case WantedRequest():
-                state = self._core.state
-                draining = [replica.name for replica in state.fleet.live() if state.fleet.goes(replica)]
-                wanted = [] if state.stages.outcome else state.scaling.wanted
-                self._answer(incoming, Wanted(list(wanted), draining))
+                self._answer(incoming, self._wanted())
             case ReplicaExited():
                 self._take_exit(incoming, envelope.body)
             case Refused():
@@ -362,6 +359,11 @@ class Shell:
             self._step(HyperparametersRequested(at=self._now(), changes=changes, at_step=message.at_step))
         at = max((change.at_step for change in hyperparameters.pending if change.changes == changes), default=None)
         self._answer(incoming, Accepted("in force already" if at is None else f"in force from step {at} on"))
+
+    def _wanted(self) -> Wanted:
+        core = self._core.state
+        draining = [replica.name for replica in core.fleet.live() if core.fleet.goes(replica)]
+        return Wanted([] if core.stages.outcome else list(core.scaling.wanted), draining)
 
     def _take_order(self, incoming: Incoming, order: SteeringOrder) -> None:
         """A person steers: refuse what cannot be, take what is new, and say what became of it."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from shared.config.load import RecipeError, explain, with_floats
 from shared.config.schema import Recipe
+from shared.messages import Role
 
 Scalar = bool | int | float | str
 
@@ -61,7 +62,7 @@ def check_changes(recipe: Recipe, values: Mapping[str, Scalar], changes: Mapping
     return {dotted: checked[dotted] for dotted in changes}
 
 
-def check_scale(recipe: Recipe, replicas: Mapping[str, int]) -> None:
+def check_scale(recipe: Recipe, replicas: Mapping[Role, int]) -> None:
     """Whether the recipe would allow so many replicas of these roles; RecipeError if not."""
     tree = copy.deepcopy(recipe.model_dump())
     for role, count in replicas.items():

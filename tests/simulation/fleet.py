@@ -133,6 +133,8 @@ class Fleet:
             for process in list(ranks):
                 process.kill(EXIT_FENCED, "still there when the run was resumed")
         self.start_controller()
+        if self.calm_since is not None:
+            self._steer_back()
         for name in self._wanted:
             self.world.after(self._chance.random(), lambda name=name: self.start(name))  # type: ignore[misc]
 
@@ -287,12 +289,7 @@ class Fleet:
         self.calm_since = self.world.now
         self.mischief = 0.0
         self.nans = self.bad_digests = self.bad_checkpoints = 0
-        if self.paused:
-            self.ask(ResumeRun(), PATIENT_S)
-        if self._reconciling:
-            self.ask(ScaleFleet({"rollout": self._count("rollout")}), PATIENT_S)
-            if self._count("evaluator"):
-                self.ask(ScaleFleet({"evaluator": self._count("evaluator")}), PATIENT_S)
+        self._steer_back()
         self.on_commit.clear()
         self.network.calm()
         self.image.room = None
@@ -304,6 +301,15 @@ class Fleet:
             self.plan.speed[name] = min(self.plan.speed[name], 2.0)
 
     # --- a person -----------------------------------------------------------------------------------------------------
+
+    def _steer_back(self) -> None:
+        """A person undoes what was asked of the run, so that it can come to its end."""
+        if self.paused:
+            self.ask(ResumeRun(), PATIENT_S)
+        if self._reconciling:
+            self.ask(ScaleFleet({"rollout": self._count("rollout")}), PATIENT_S)
+            if self._count("evaluator"):
+                self.ask(ScaleFleet({"evaluator": self._count("evaluator")}), PATIENT_S)
 
     def _count(self, role: str) -> int:
         return sum(name.startswith(role) for name in self.plan.replicas)
