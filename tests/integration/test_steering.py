@@ -119,7 +119,8 @@ def test_a_change_that_a_controller_kill_follows_at_once_is_in_force_at_its_step
     run.assert_complete()
     lines = {line["step"]: line for line in run.metrics()}
     assert [lines[at]["revision"] for at in (step - 1, step, step + 1)] == [0, 1, 1]
-    assert lines[step]["lr"] == 1e-6 and lines[step - 1]["lr"] != 1e-6
+    assert lines[step]["set/train.lr"] == 1e-6
+    assert "set/train.lr" not in lines[step - 1]
     assert [fact["step"] for fact in run.facts("revised")] == [step]
     shown = orrery(run, "history", str(run.folder))
     assert "train.lr: 0.0003 -> 1e-06" in shown.stdout, shown.stdout + shown.stderr
