@@ -95,7 +95,8 @@ class Sampling(Part):
 class Grant(Part):
     """A lease on one prompt group: which row to answer, how, by when, and with weights no older than `version`.
 
-    `suite` names the recipe's suite that an eval group belongs to, and is empty otherwise.
+    `suite` names the recipe's suite that an eval group belongs to, and is empty otherwise. `reward_weights` are those
+    of the reward's parts by name, under `revision`; a part that is not named keeps the recipe's.
     """
 
     group: int
@@ -113,6 +114,7 @@ class Grant(Part):
     version: int
     deadline_s: float
     suite: str = ""
+    reward_weights: dict[str, float] = {}
 
 
 class AssignedGroup(Part):
@@ -210,7 +212,7 @@ class Refused(Transient):
     """Either side, answers a message that cannot be taken. `fault` is a stable name; the rest is for a person.
 
     Faults: malformed, protocol, too_large, unknown_sender, term, incarnation, lineage, attempt, epoch, dataset,
-    identity, role, hyperparameter, state.
+    identity, role, hyperparameter, replica, state.
     """
 
     fault: str
@@ -225,8 +227,17 @@ class Goodbye(Message):
     cause: str
 
 
+class Leaving(Message):
+    """Replica -> controller: it was asked to leave (SIGTERM), and shall be given nothing new. -> `Drain`, in time."""
+
+    cause: str
+
+
 class Drain(Message):
-    """Controller -> rank: finish or hand back what is leased, then say `Goodbye` and leave."""
+    """Controller -> rank: finish or hand back what is leased, then say `Goodbye` and leave.
+
+    A policy is told so when no step, checkpoint or transfer needs it any more; the others at once.
+    """
 
     cause: str
 
@@ -593,6 +604,54 @@ class SetHyperparameters(Transient):
     at_step: int | None
 
 
+class PauseRun(Transient):
+    """Person -> controller: begin no new batch; the one in hand is finished, leases go on as far as staleness allows.
+
+    Answered by `Accepted`, as every message of a person that steers; a repeated one changes nothing.
+    """
+
+    cause: str
+
+
+class ResumeRun(Transient):
+    """Person -> controller: go on after `PauseRun`."""
+
+
+class CheckpointRun(Transient):
+    """Person -> controller: write a checkpoint when the batch in hand is done."""
+
+
+class EvaluateRun(Transient):
+    """Person -> controller: judge the newest version that the judges get to hold."""
+
+
+class DrainReplica(Transient):
+    """Person -> controller: this replica shall leave; it is no longer wanted, if it was."""
+
+    replica: str
+    cause: str
+
+
+class ScaleFleet(Transient):
+    """Person -> controller: how many replicas of each of these roles the launcher shall keep running."""
+
+    replicas: dict[Role, int]
+
+
+class WantedRequest(Transient):
+    """Launcher -> controller: which replicas shall run? Answered by `Wanted`."""
+
+
+class Wanted(Transient):
+    """Controller -> launcher: the names of the replicas to keep running, and of those that are draining.
+
+    Once the run is over, none is wanted.
+    """
+
+    replicas: list[str]
+    draining: list[str]
+
+
 class ReplicaExited(Transient):
     """Launcher -> controller: this replica's process ended, so that nobody waits for heartbeats. -> `Accepted`."""
 
@@ -608,7 +667,7 @@ class Accepted(Transient):
 
 
 AnyMessage = (
-    Register | Registered | Heartbeat | HeartbeatReply | Ack | Refused | Goodbye | Drain | Shutdown
+    Register | Registered | Heartbeat | HeartbeatReply | Ack | Refused | Goodbye | Leaving | Drain | Shutdown
     | LoadState | StateLoaded | ReplicaFailed
     | Lease | GroupReport | LeaseReturned | RevokeLease
     | TrainStep | GradientsReady | CommitStep | StepApplied | AbortStep
@@ -617,6 +676,7 @@ AnyMessage = (
     | FormMesh | MeshFormed | MeshFailed | RevokeMesh | StoreSet | StoreGet | StoreValue
     | SendWeights | ReceiveWeights | WeightsSent | WeightsLoaded | WeightsFailed
     | StatusRequest | Status | StopRun | SetHyperparameters | ReplicaExited | Accepted
+    | PauseRun | ResumeRun | CheckpointRun | EvaluateRun | DrainReplica | ScaleFleet | WantedRequest | Wanted
 )  # fmt: skip
 
 

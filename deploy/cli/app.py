@@ -7,7 +7,22 @@ from typing import NoReturn
 
 import typer
 
-from deploy.cli import audit, config, console, doctor, eval, logs, mesh, model, report, run, samples, status
+from deploy.cli import (
+    audit,
+    config,
+    console,
+    doctor,
+    eval,
+    hyperparameters,
+    logs,
+    mesh,
+    model,
+    report,
+    run,
+    samples,
+    status,
+    steer,
+)
 from deploy.cli.runs import RunNotFoundError
 
 app = typer.Typer(
@@ -19,6 +34,15 @@ app.command("up")(run.up)
 app.command("resume")(run.resume)
 app.command("down")(run.down)
 app.command("status")(status.status)
+app.command("pause")(steer.pause)
+app.command("checkpoint")(steer.checkpoint)
+app.command("evaluate")(steer.evaluate)
+app.command("drain")(steer.drain)
+app.command("scale")(steer.scale)
+app.command("set")(hyperparameters.set_)
+app.command("get")(hyperparameters.get)
+app.command("history")(hyperparameters.history)
+app.command("revert")(hyperparameters.revert)
 app.command("logs")(logs.logs)
 app.command("audit")(audit.audit)
 app.command("samples")(samples.samples)

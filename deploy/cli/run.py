@@ -39,11 +39,19 @@ def up(
 
 
 def resume(run: RunArgument = None, verbose: Verbose = False) -> None:
-    """Go on with a run that was stopped or killed."""
+    """Go on with a run that was stopped or killed, or with one that 'orrery pause' holds back."""
+    from deploy.cli.live.sources import ASK_S, ask_controller
+    from deploy.cli.steer import tell
     from deploy.cli.supervise import supervise
+    from deploy.local import holder
     from shared.config import load_recipe
+    from shared.messages import ResumeRun
 
     folder = find_run(run)
+    answer = ask_controller(folder, ASK_S) if holder(folder) is not None else None
+    if answer is not None and answer.get("paused"):
+        tell(folder, ResumeRun())
+        return
     raise typer.Exit(supervise(load_recipe(folder / "config.toml"), folder, verbose))
 
 

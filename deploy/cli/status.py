@@ -31,7 +31,7 @@ def status(
     console.out.print(f"[bold]{folder.name}[/]  {f'supervised by process {owner}' if owner else 'not running'}")
     answer = ask_controller(folder, _ASK_S)
     if answer is not None:
-        _show(answer, 1)
+        _show({key: value for key, value in answer.items() if key not in ("hyperparameters", "history")}, 1)
         return
     if owner:
         console.note("its controller does not answer; from its journal:")

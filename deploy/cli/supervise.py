@@ -38,8 +38,8 @@ async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tu
     from shared.bus import ask
 
     log = get_logger()
-    outputs = {p.replica: LineFollower(folder / "logs" / f"{p.replica}.out", at_end=True) for p in plan.replicas}
-    with Display(folder, extra=(lambda: _prefixed(outputs)) if verbose else None) as display:
+    outputs = _Outputs(folder / "logs")
+    with Display(folder, extra=outputs.new if verbose else None) as display:
 
         def tell(text: str) -> None:
             display.tell(text)
@@ -47,7 +47,7 @@ async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tu
 
         times = recipe.timeouts
         deadlines = Deadlines(stop_s=times.step_s + times.checkpoint_s + times.exit_s, exit_s=times.exit_s)
-        supervisor = Supervisor(folder, plan.replicas, plan.address, deadlines, ask=ask, tell=tell)
+        supervisor = Supervisor(folder, plan, deadlines, ask=ask, tell=tell)
         with MetricsWriters(folder, recipe, tell):
             running = asyncio.create_task(supervisor.run())
             while not running.done():
@@ -57,9 +57,22 @@ async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tu
         return await running, supervisor.why
 
 
-def _prefixed(outputs: dict[str, LineFollower]) -> Iterator[str]:
-    width = max(map(len, outputs))
-    for index, (replica, lines) in enumerate(outputs.items()):
-        colour = _PREFIX_COLOURS[index % len(_PREFIX_COLOURS)]
-        for line in lines.new():
-            yield f"[{colour}]{replica:<{width}}[/] {escape(line)}"
+class _Outputs:
+    """What the processes print from now on, however many there come to be."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._known: dict[str, LineFollower] = {}
+        for path in sorted(logs.glob("*.out")):
+            self._known[path.stem] = LineFollower(path, at_end=True)
+
+    def new(self) -> Iterator[str]:
+        """New lines, each behind the name of its process."""
+        for path in sorted(self._logs.glob("*.out")):
+            if path.stem not in self._known:
+                self._known[path.stem] = LineFollower(path)
+        width = max(map(len, self._known), default=0)
+        for index, (replica, lines) in enumerate(self._known.items()):
+            colour = _PREFIX_COLOURS[index % len(_PREFIX_COLOURS)]
+            for line in lines.new():
+                yield f"[{colour}]{replica:<{width}}[/] {escape(line)}"

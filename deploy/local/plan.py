@@ -1,11 +1,11 @@
-"""What a run on this machine consists of: every replica's name, command and environment, from the recipe alone."""
+"""How a run's processes are started on this machine: command and environment of each, by its name."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,10 +29,11 @@ class ReplicaPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All processes of a run, the controller first, and the address that the others reach it at."""
+    """The controller, the address that the others reach it at, and how a replica is started, given its name."""
 
     address: str
-    replicas: tuple[ReplicaPlan, ...]
+    controller: ReplicaPlan
+    replica: Callable[[str], ReplicaPlan]
 
 
 def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
@@ -45,26 +46,20 @@ def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
     address = bind.replace("//0.0.0.0:", "//127.0.0.1:").replace("//*:", "//127.0.0.1:")
     shared_options = ("--recipe", str(run_folder / "config.toml"), "--run-folder", str(run_folder))
 
-    def replica(role: str, name: str, threads: int, options: Iterable[str]) -> ReplicaPlan:
+    threads = {
+        "policy": recipe.policy.threads,
+        "rollout": recipe.rollout.threads,
+        "evaluator": recipe.evaluator.threads,
+    }
+
+    def process(role: str, name: str, options: Iterable[str]) -> ReplicaPlan:
         command = (sys.executable, "-m", f"services.{role}", *shared_options, *options, "--replica", name)
-        return ReplicaPlan(name, role, command, _environment(threads))
+        return ReplicaPlan(name, role, command, _environment(threads.get(role, 1)))
 
-    def replicas(role: str, count: int, threads: int) -> list[ReplicaPlan]:
-        return [replica(role, f"{role}-{index}", threads, ("--controller", address)) for index in range(count)]
+    def replica(name: str) -> ReplicaPlan:
+        return process(name.rpartition("-")[0], name, ("--controller", address))
 
-    return RunPlan(
-        address,
-        (
-            replica(CONTROLLER, CONTROLLER, 1, ("--bind", bind)),
-            *replicas("policy", recipe.policy.replicas, recipe.policy.threads),
-            *replicas("rollout", recipe.rollout.replicas, recipe.rollout.threads),
-            *(
-                replicas("evaluator", recipe.evaluator.replicas, recipe.evaluator.threads)
-                if recipe.judge == "evaluator"
-                else ()
-            ),
-        ),
-    )
+    return RunPlan(address, process(CONTROLLER, CONTROLLER, ("--bind", bind)), replica)
 
 
 def _environment(threads: int) -> dict[str, str]:

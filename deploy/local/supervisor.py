@@ -1,9 +1,10 @@
 """Keeps the processes of one run alive until the run is over, and leaves none behind.
 
-Called by `orrery up` and `orrery resume`, in the main thread. Whether a process that ended is started again depends on
-its exit code (`shared/service.py`): 0, 2 and 3 are final, anything else is restarted under the same name, after a
-growing pause. The run is over when the controller exits with 0. Invariant: when `run` returns, every process that it
-started has ended; when the supervisor itself is killed, the kernel kills them.
+Called by `orrery up` and `orrery resume`, in the main thread. Which replicas run is the controller's to say
+(`wanted.py`). Whether a process that ended is started again depends on its exit code (`shared/service.py`): 2 and 3 end
+the run, a replica's 0 is a leave that the controller knows of, anything else is restarted under the same name, after a
+growing pause, while it is wanted. The run is over when the controller exits with 0. Invariant: when `run` returns,
+every process that it started has ended; when the supervisor itself is killed, the kernel kills them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.local.plan import CONTROLLER, ReplicaPlan
+from deploy.local.plan import CONTROLLER, ReplicaPlan, RunPlan
 from deploy.local.process import ChildProcess, describe_code, last_words
-from shared.messages import AnyMessage, ReplicaExited, StatusRequest, StopRun
+from deploy.local.wanted import ASK_AGAIN_S, ASK_S, Ask, WantedReplicas
+from shared.messages import ReplicaExited, StopRun
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RECIPE
 
 EXIT_INTERRUPTED = 130
 EXIT_GAVE_UP = 1
-_ASK_S = 2.0  # the controller is on this machine and answers at once, or is not there
-_ASK_AGAIN_S = 0.2
 # the controller ends only after its replicas have taken their Shutdown, or are lost: whoever stays longer was still
 # starting, and would wait for a controller that is gone
 _LEAVE_S = 3.0
-
-Ask = Callable[[str, AnyMessage, float], AnyMessage]
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class Supervisor:
     def __init__(
         self,
         run_folder: Path,
-        replicas: Sequence[ReplicaPlan],
-        address: str,
+        plan: RunPlan,
         deadlines: Deadlines,
         *,
         ask: Ask,
@@ -84,13 +81,14 @@ class Supervisor:
         """What went wrong, in words for a person; known when `run` has returned, empty if nothing did."""
         self._run_folder = run_folder
         self._metrics = run_folder / "metrics.jsonl"
-        self._replicas = replicas
-        self._address = address
+        self._plan = plan
+        self._address = plan.address
         self._deadlines = deadlines
         self._ask = ask
         self._tell = tell
         self._rules = rules or RestartRules()
         self._children: dict[str, ChildProcess] = {}
+        self._replicas = WantedReplicas(plan.address, ask, self._start_keeper, self._dismiss)
         self._outcome: asyncio.Future[_Outcome] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -100,19 +98,20 @@ class Supervisor:
         self._outcome = loop.create_future()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.stop)
-        keepers = [asyncio.create_task(self._keep(plan)) for plan in self._replicas]
-        for keeper in keepers:
-            keeper.add_done_callback(self._on_keeper_end)
+        looking = loop.create_task(self._replicas.run())
+        looking.add_done_callback(self._on_keeper_end)
+        keepers = [looking, self._keeper(self._plan.controller)]
         try:
             outcome = await self._outcome
             self.why = outcome.why
             # no restart from here on; the processes themselves go on for now
-            await _cancel(keepers)
+            await _cancel([*keepers, *self._replicas.keepers.values()])
             await self._end_processes(outcome)
         finally:
             for child in self._children.values():
                 child.kill_group()
-            await _cancel([*keepers, *([self._stopping] if self._stopping else [])])
+            stopping = [self._stopping] if self._stopping else []
+            await _cancel([*keepers, *self._replicas.keepers.values(), *stopping])
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 loop.remove_signal_handler(number)
         return outcome.code
@@ -135,11 +134,23 @@ class Supervisor:
 
     # --- one process ---------------------------------------------------------------------------------------------
 
+    def _start_keeper(self, name: str) -> asyncio.Task[None]:
+        return self._keeper(self._plan.replica(name))
+
+    def _keeper(self, plan: ReplicaPlan) -> asyncio.Task[None]:
+        keeper = asyncio.get_running_loop().create_task(self._keep(plan))
+        keeper.add_done_callback(self._on_keeper_end)
+        return keeper
+
+    def _dismiss(self, name: str) -> None:
+        """The controller wants this replica no more, and has no process of it that it could tell so."""
+        child = self._children.get(name)
+        if child is not None:
+            child.signal(signal.SIGTERM)
+
     async def _keep(self, plan: ReplicaPlan) -> None:
-        """Run one replica's process, again and again as its exit codes ask, until one of them is final."""
+        """Run one process, again and again as its exit codes ask, until one of them is final or nobody wants it."""
         restarts = 0
-        if plan.role != CONTROLLER:
-            await self._controller_answers()
         while True:
             progress = self._progress()
             child = self._start(plan)
@@ -147,6 +158,9 @@ class Supervisor:
                 return
             code = await child.wait()
             if self._is_final(plan, code):
+                return
+            if plan.role != CONTROLLER and not self._replicas.wants(plan.replica):
+                await self._report_exit(plan, child.pid, code)
                 return
             gone_well = child.age_s >= self._rules.lived_s or self._progress() > progress
             restarts = 1 if gone_well else restarts + 1
@@ -156,14 +170,6 @@ class Supervisor:
             pause = 0.0 if code == EXIT_FENCED and restarts == 1 else self._rules.pause(restarts)
             self._tell(f"{plan.replica} ended ({describe_code(code)}): starting it again in {pause:.1f} s")
             await asyncio.gather(asyncio.sleep(pause), self._report_exit(plan, child.pid, code))
-
-    async def _controller_answers(self) -> None:
-        """Return once the controller takes questions: a run that cannot begin, or is over, loads no model."""
-        while True:
-            with contextlib.suppress(Exception):  # not up yet, or being restarted: its own keeper sees to that
-                await asyncio.to_thread(self._ask, self._address, StatusRequest(), _ASK_S)
-                return
-            await asyncio.sleep(_ASK_AGAIN_S)
 
     def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
         """A supervisor that loses a keeper to an error must not wait for ever for an outcome."""
@@ -206,7 +212,7 @@ class Supervisor:
             return
         # a controller that is itself being restarted learns it from the replica's new registration
         with contextlib.suppress(Exception):
-            await asyncio.to_thread(self._ask, self._address, ReplicaExited(plan.replica, pid, code), _ASK_S)
+            await asyncio.to_thread(self._ask, self._address, ReplicaExited(plan.replica, pid, code), ASK_S)
 
     # --- the end -------------------------------------------------------------------------------------------------
 
@@ -227,16 +233,23 @@ class Supervisor:
     async def _ask_to_stop(self) -> str:
         while True:
             try:
-                answer = await asyncio.to_thread(self._ask, self._address, StopRun("asked by a person"), _ASK_S)
+                answer = await asyncio.to_thread(self._ask, self._address, StopRun("asked by a person"), ASK_S)
             except Exception:  # not up yet, or being restarted: the caller's deadline ends this
-                await asyncio.sleep(_ASK_AGAIN_S)
+                await asyncio.sleep(ASK_AGAIN_S)
                 continue
             return str(getattr(answer, "detail", answer))
 
     async def _end_processes(self, outcome: _Outcome) -> None:
-        """Wait for the processes to end by themselves, then SIGTERM, then SIGKILL after `exit_s`."""
+        """Wait for the processes to end by themselves, then SIGTERM, then SIGKILL after `exit_s`.
+
+        The controller last: a replica that leaves in good order has something to tell it.
+        """
         if outcome.grace and await self._all_ended(min(_LEAVE_S, self._deadlines.exit_s)):
             return
+        for child in self._running():
+            if child.plan.role != CONTROLLER:
+                child.signal(signal.SIGTERM)
+        await self._all_ended(self._deadlines.exit_s, but=CONTROLLER)
         for child in self._running():
             child.signal(signal.SIGTERM)
         if await self._all_ended(self._deadlines.exit_s):
@@ -246,8 +259,8 @@ class Supervisor:
             child.kill_group()
         await self._all_ended(self._deadlines.exit_s)
 
-    async def _all_ended(self, timeout_s: float) -> bool:
-        running = [asyncio.create_task(child.wait()) for child in self._running()]
+    async def _all_ended(self, timeout_s: float, but: str = "") -> bool:
+        running = [asyncio.create_task(child.wait()) for child in self._running() if child.plan.role != but]
         if running:
             await asyncio.wait(running, timeout=timeout_s)
             await _cancel(running)

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.readers.revisions import marks
 from deploy.report.story import Story
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def draw(story: Story) -> Figure:
     _accuracy(next(axes), story)
     for title, keys in PANELS[1:]:
         _lines(next(axes), story, title, keys)
+    _mark_revisions(figure.axes, story)
     figure.suptitle(story.folder.name, fontsize=11)
     return figure
 
@@ -102,6 +104,15 @@ def _lines(axis: Any, story: Story, title: str, keys: tuple[str, ...]) -> None:
     if axis.get_legend_handles_labels()[1]:
         axis.legend(fontsize=8)
     _finish(axis)
+
+
+def _mark_revisions(axes: list[Any], story: Story) -> None:
+    """A line in every panel where a person changed hyper-parameters; what it was stands in the first one."""
+    for mark in marks([line for stage in story.stages for line in stage.lines]):
+        for axis in axes:
+            axis.axvline(mark.step, color="C3", linewidth=0.8, linestyle="--", alpha=0.7)
+        where = {"xy": (mark.step, 0.02), "xycoords": ("data", "axes fraction")}
+        axes[0].annotate(mark.text, **where, rotation=90, fontsize=6, color="C3", ha="right", va="bottom")
 
 
 def smoothed(values: list[float]) -> list[float]:

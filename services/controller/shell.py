@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec.structs import asdict
+
 from services.controller.core.core import Core
 from services.controller.core.events import (
     AnyEvent,
@@ -28,6 +30,8 @@ from services.controller.core.events import (
     ReplicaMessage,
     ReplicaRegistered,
     RunBegan,
+    Steered,
+    SteeringOrder,
     StopRequested,
     TermBegan,
 )
@@ -44,6 +48,7 @@ from services.controller.core.outcome import (
     Welcome,
     merge_leases,
 )
+from services.controller.core.rules.steering import became
 from services.controller.journal import Journal
 from services.controller.liveness import Liveness
 from services.controller.outputs import Outputs
@@ -51,23 +56,31 @@ from services.controller.rendezvous import Rendezvous
 from services.controller.spool import Spool
 from services.controller.status import status
 from shared.bus import Incoming, WireFault
-from shared.config import RecipeError, check_changes, dump_recipe
+from shared.config import RecipeError, check_changes, check_scale, dump_recipe
 from shared.messages import (
     Accepted,
     AnyMessage,
+    CheckpointRun,
+    DrainReplica,
+    EvaluateRun,
     Heartbeat,
     HeartbeatReply,
     LeaseRef,
+    PauseRun,
     Refused,
     Register,
     Registered,
     ReplicaExited,
+    ResumeRun,
+    ScaleFleet,
     SetHyperparameters,
     Status,
     StatusRequest,
     StopRun,
     StoreGet,
     StoreSet,
+    Wanted,
+    WantedRequest,
 )
 from shared.telemetry import get_logger
 
@@ -266,6 +279,10 @@ class Shell:
                 )
             case SetHyperparameters():
                 self._take_changes(incoming, envelope.body)
+            case PauseRun() | ResumeRun() | CheckpointRun() | EvaluateRun() | DrainReplica() | ScaleFleet():
+                self._take_order(incoming, envelope.body)
+            case WantedRequest():
+                self._answer(incoming, self._wanted())
             case ReplicaExited():
                 self._take_exit(incoming, envelope.body)
             case Refused():
@@ -332,16 +349,37 @@ class Shell:
 
     def _take_changes(self, incoming: Incoming, message: SetHyperparameters) -> None:
         try:
-            changes = check_changes(self._recipe, message.changes)
+            hyperparameters, step = self._core.state.hyperparameters, self._next_step(message.at_step)
+            changes = check_changes(self._recipe, hyperparameters.at(step), message.changes)
         except RecipeError as error:
             advice = "change only live fields, within their range"
             self._bus.reply(incoming, Refused("hyperparameter", str(error), str(message.changes), advice))
             return
-        hyperparameters = self._core.state.hyperparameters
-        if not hyperparameters.holds(changes, self._next_step(message.at_step)):  # a question is asked until answered
+        if not hyperparameters.holds(changes, step):  # a question is asked until answered
             self._step(HyperparametersRequested(at=self._now(), changes=changes, at_step=message.at_step))
-        step = max((change.at_step for change in hyperparameters.pending if change.changes == changes), default=None)
-        self._answer(incoming, Accepted("in force already" if step is None else f"in force from step {step} on"))
+        at = max((change.at_step for change in hyperparameters.pending if change.changes == changes), default=None)
+        self._answer(incoming, Accepted("in force already" if at is None else f"in force from step {at} on"))
+
+    def _wanted(self) -> Wanted:
+        core = self._core.state
+        draining = [replica.name for replica in core.fleet.live() if core.fleet.goes(replica)]
+        return Wanted([] if core.stages.outcome else list(core.scaling.wanted), draining)
+
+    def _take_order(self, incoming: Incoming, order: SteeringOrder) -> None:
+        """A person steers: refuse what cannot be, take what is new, and say what became of it."""
+        verdict = self._core.judge_order(order)
+        if verdict == "fresh" and isinstance(order, ScaleFleet):
+            try:
+                check_scale(self._recipe, order.replicas)
+            except RecipeError as error:
+                verdict = Refused("replica", str(error), str(order.replicas), "ask for numbers that the recipe allows")
+        if isinstance(verdict, Refused):
+            self._bus.reply(incoming, verdict)
+            return
+        if verdict == "fresh":
+            self._step(Steered(at=self._now(), order=order))
+            log.info("steered", order=type(order).__name__, **asdict(order))
+        self._answer(incoming, Accepted(became(self._core.state, order)))
 
     def _next_step(self, wanted: int | None) -> int:
         """The first step, from `wanted` on, that a change could still come into force with."""

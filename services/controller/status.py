@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import asdict
+
 from services.controller.core.fleet import Replica
 from services.controller.core.state import State
 from services.controller.liveness import Liveness
@@ -33,6 +35,11 @@ def status(state: State, recipe: Recipe, liveness: Liveness, counters: dict[str,
         "step": committed.step,
         "settled_version": settled.version,
         "revision": state.hyperparameters.revision,
+        "hyperparameters": dict(state.hyperparameters.values),
+        "history": [asdict(revision) for revision in state.hyperparameters.history],
+        "pending": [asdict(change) for change in state.hyperparameters.pending],
+        "paused": state.steering.paused,
+        "wanted": {role: len(names) for role, names in state.scaling.names.items()},
         "groups": groups,
         "discarded": dict(sorted(book.discarded.items())) if book is not None else {},
         "sync_seconds": state.weights.last_seconds,

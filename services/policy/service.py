@@ -9,6 +9,7 @@ Invariant: commands take effect in the order in which they arrive, each at most 
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import signal
 import threading
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import torch
@@ -49,6 +50,7 @@ from shared.messages import (
     Lease,
     LeaseRef,
     LeaseReturned,
+    Leaving,
     LoadState,
     MeshMember,
     ReceiveState,
@@ -72,12 +74,13 @@ from shared.weights import stage
 from shared.weights.publisher import Publisher
 
 EXIT_RESTART = 1
-RECEIVE_S = 1.0  # how long the inbox thread may sleep before it looks whether the service has ended
+RECEIVE_S = 0.25  # how long the inbox thread may sleep before it looks whether the service has ended, or shall leave
+DRAIN_SHARE = 0.5  # of timeouts.exit_s: how long a policy that was asked to leave waits for its Drain
 INBOX = 1024  # deliveries that may wait for the main thread before the bus is held back
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT came: leave whatever is under way."""
+    """SIGTERM or SIGINT came before there was a model, or for the second time: leave whatever is under way."""
 
 
 class PolicyService:
@@ -106,6 +109,8 @@ class PolicyService:
         self._done = 0
         self._inbox: queue.Queue[Delivery | Exception] = queue.Queue(maxsize=INBOX)
         self._ended = threading.Event()
+        self._asked_to_leave = False
+        self._leave_at: float | None = None
         self._handlers: dict[type, tuple[str, Callable[[Any, Sequence[Frame]], int | None]]] = {
             Registered: ("waiting", self._registered),
             Refused: ("waiting", self._refused),
@@ -145,10 +150,18 @@ class PolicyService:
             self._peers.close()
             self._meshes.close("this replica leaves")
 
+    def leave(self) -> bool:
+        """Ask the controller for a `Drain`; safe in a signal handler. False if there is nothing to wait for."""
+        if self._asked_to_leave or self._trainer is None:
+            return False
+        self._asked_to_leave = True
+        return True
+
     def _receive(self) -> None:
         """Inbox thread: meshes are formed and revoked while a step is computed, all else waits its turn."""
         while not self._ended.is_set():
             try:
+                self._leave_when_asked()
                 delivery = self._client.receive(RECEIVE_S)
             except Exception as error:  # the main thread decides what an end of the bus means
                 self._inbox.put(error)
@@ -161,6 +174,18 @@ class PolicyService:
                 self._meshes.revoke(delivery.message)
             else:
                 self._inbox.put(delivery)
+
+    def _leave_when_asked(self) -> None:
+        """The step in hand is finished, and a checkpoint written if nobody else can: the controller tells when to go.
+
+        It may be gone itself: then this replica leaves without its word.
+        """
+        if self._asked_to_leave and self._leave_at is None:
+            self._leave_at = time.monotonic() + DRAIN_SHARE * self._recipe.timeouts.exit_s
+            self._client.send(Leaving("a signal asked it to leave"))
+        elif self._leave_at is not None and time.monotonic() >= self._leave_at:
+            self._leave_at = math.inf
+            self._inbox.put(Delivery(Drain("no Drain came within half of timeouts.exit_s"), ()))
 
     def _handle(self, delivery: Delivery) -> int | None:
         known = self._handlers.get(type(delivery.message))
@@ -362,13 +387,30 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
 
 
+class _Signals:
+    """SIGTERM and SIGINT: ask the service to leave in good order, or, where that is not to be had, interrupt it."""
+
+    def __init__(self) -> None:
+        self.service: PolicyService | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.service is None or not self.service.leave():
+            raise Stopped
+
+    def ignore(self) -> None:
+        """A further signal must not tear the goodbye."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def main(arguments: ServiceArguments) -> int:
     """Run one policy process until its exit code is known; see shared.service for what the codes mean."""
     log = get_logger()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    signals = _Signals()
     try:
-        return _serve(arguments)
+        return _serve(arguments, signals)
     except Fenced as error:
         log.warning("fenced: a newer process has this replica's name", why=str(error))
         return EXIT_FENCED
@@ -380,7 +422,7 @@ def main(arguments: ServiceArguments) -> int:
         return EXIT_DONE
 
 
-def _serve(arguments: ServiceArguments) -> int:
+def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
     recipe = arguments.recipe
     torch.set_num_threads(recipe.policy.threads)
     if recipe.run.deterministic:
@@ -394,7 +436,7 @@ def _serve(arguments: ServiceArguments) -> int:
     goodbye: str | None = None
     try:
         client.start(recipe.timeouts.register_s)
-        service = PolicyService(arguments, client, datasets)
+        service = signals.service = PolicyService(arguments, client, datasets)
         code = service.run() if problem is None else service.give_up(problem)
         if code != EXIT_FENCED:
             goodbye = f"this replica ends with code {code}"  # said last: all that was sent before it has arrived
@@ -403,8 +445,7 @@ def _serve(arguments: ServiceArguments) -> int:
         goodbye = "this replica was stopped by a signal"
         raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # a second signal must not tear the goodbye
+        signals.ignore()
         client.close(goodbye)
 
 
@@ -417,7 +458,3 @@ def _open_datasets(recipe: Recipe) -> tuple[dict[str, Dataset], DataError | None
         return {name: open_dataset(name, recipe.data[name])}, None
     except DataError as error:
         return {}, error
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise Stopped

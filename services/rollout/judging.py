@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from services.rollout.rewards_pool import RewardsPool, RewardsPoolError
 from shared.messages import LeaseRef
-from shared.rewards.score import Score
+from shared.rewards.score import Score, weighted
 from shared.serving.generation import Group
 
 
@@ -89,7 +89,8 @@ class Judging:
                 waiting.errors.append(f"sample {index}: {judged.error}")
             if waiting.missing == 0:
                 del self._waiting[ref]
-                scores = [scored for scored in waiting.scores if scored is not None]
+                weights = waiting.group.grant.reward_weights
+                scores = [weighted(scored, weights) for scored in waiting.scores if scored is not None]
                 done.append(JudgedGroup(waiting.group, waiting.completions, scores, _first_of(waiting.errors)))
                 self._count(done[-1])
         return done

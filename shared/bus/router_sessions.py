@@ -22,14 +22,21 @@ from shared.messages import (
     PROTOCOL,
     Ack,
     AnyMessage,
+    CheckpointRun,
+    DrainReplica,
     Envelope,
+    EvaluateRun,
+    PauseRun,
     Refused,
     Register,
     Registered,
     ReplicaExited,
+    ResumeRun,
+    ScaleFleet,
     SetHyperparameters,
     StatusRequest,
     StopRun,
+    WantedRequest,
 )
 from shared.telemetry import get_logger
 
@@ -40,7 +47,10 @@ logger = get_logger()
 
 MOST_KNOCKS = 4096
 """Peers without a session whose latest Register is remembered; strangers must not fill the memory."""
-QUESTIONS = StatusRequest | StopRun | SetHyperparameters | ReplicaExited
+QUESTIONS = (
+    StatusRequest | StopRun | SetHyperparameters | ReplicaExited | WantedRequest
+    | PauseRun | ResumeRun | CheckpointRun | EvaluateRun | DrainReplica | ScaleFleet
+)  # fmt: skip
 """What a person may say without a session."""
 
 Transmit = Callable[[bytes, Envelope, Frames], None]

@@ -37,7 +37,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         _apply(tree, override)
     _anchor(tree, path.absolute().parent)
     try:
-        return Recipe.model_validate(_floats(tree, Recipe))
+        return Recipe.model_validate(with_floats(tree))
     except ValidationError as error:
         given: dict[tuple[str | int, ...], int] = {tuple(o.partition("=")[0].strip().split(".")): 0 for o in overrides}
         raise RecipeError(f"recipe {path}:\n{explain(error, key_lines(text) | given)}") from None
@@ -46,6 +46,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML, every default written out: what a run folder keeps as `config.toml`."""
     return tomlkit.dumps(recipe.model_dump(exclude_none=True))
+
+
+def with_floats(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with floats for the whole numbers that a person wrote where the schema wants floats."""
+    converted: dict[str, Any] = _floats(tree, Recipe)
+    return converted
 
 
 def explain(error: ValidationError, places: dict[tuple[str | int, ...], int] | None = None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.config.schema import PythonPart, RewardPart
@@ -30,6 +30,16 @@ class Score:
 
     total: float
     parts: dict[str, float]
+
+
+def weighted(score: Score, weights: Mapping[str, float]) -> Score:
+    """The score with its total under other weights (by part, each of which it has); without any, as it is."""
+    if not weights:
+        return score
+    total = 0.0
+    for name, weight in weights.items():  # in the recipe's order, as `Scorer` adds them up
+        total += weight * score.parts[name]
+    return Score(total, score.parts)
 
 
 class Scorer:

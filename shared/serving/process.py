@@ -31,7 +31,7 @@ class Stopped(BaseException):
 
 
 class _Signals:
-    """SIGTERM and SIGINT: ask the service to leave, or interrupt its making."""
+    """SIGTERM and SIGINT: ask the service to drain, or, a second time, to leave at once; or interrupt its making."""
 
     def __init__(self) -> None:
         self.service: EngineService | None = None

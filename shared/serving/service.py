@@ -36,6 +36,7 @@ from shared.messages import (
     Lease,
     LeaseRef,
     LeaseReturned,
+    Leaving,
     LoadState,
     MeshMember,
     Position,
@@ -70,6 +71,8 @@ IDLE_S = 0.25
 """Sleep in `receive` with nothing to do; a signal or a judge that broke is noticed after at most this."""
 BUSY_S = 0.005
 """Wait for verdicts, or for weights, before looking at the bus again, when the engine has nothing to do."""
+DRAIN_SHARE = 0.5
+"""Of timeouts.exit_s: how long what is in hand may take before it is handed back; the rest is for the goodbye."""
 REMEMBERED = 4096
 """Answered attempts that are remembered, so that a repeated lease on one is ignored."""
 
@@ -120,7 +123,7 @@ class EngineService:
         self._weights: WeightsLoaded | None = None
         self._answered: OrderedDict[LeaseRef, None] = OrderedDict()
         self._drain_until: float | None = None
-        self._stop = False
+        self._stops = 0
         self._code: int | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             Registered: self._registered,
@@ -161,8 +164,8 @@ class EngineService:
         return EXIT_FATAL
 
     def stop(self) -> None:
-        """Hand everything back and leave after this turn; safe to call from a signal handler."""
-        self._stop = True
+        """Drain and leave; asked a second time, hand everything back after this turn. Safe in a signal handler."""
+        self._stops += 1
 
     def turn(self) -> None:
         """One turn of the loop: messages, weights, one decode step, verdicts. Sleeps only if there is nothing to do."""
@@ -205,18 +208,25 @@ class EngineService:
         self._log.warning("the controller refused a message", **msgspec.structs.asdict(message))
 
     def _drain(self, message: Drain) -> None:
+        self._begin_to_drain(message.cause)
+
+    def _begin_to_drain(self, cause: str) -> None:
+        """Take nothing new; what is in hand has some time to be finished."""
         if self._drain_until is None:
-            self._log.info("draining", why=message.cause, groups=len(self._held()))
-            self._drain_until = time.monotonic() + self._recipe.timeouts.exit_s
+            self._log.info("draining", why=cause, groups=len(self._held()))
+            self._drain_until = time.monotonic() + DRAIN_SHARE * self._recipe.timeouts.exit_s
 
     def _shutdown(self, message: Shutdown) -> None:
         self._log.info("the run is over", why=message.cause)
         self._code = EXIT_DONE
 
     def _leave_when_asked(self) -> None:
-        """After a drain, leave once nothing is in hand or the time is up; after `stop`, at once."""
+        """Leave once a drain has nothing in hand or its time is up; after a second `stop`, at once."""
+        if self._stops and self._drain_until is None:
+            self._client.send(Leaving("a signal asked it to leave"))
+            self._begin_to_drain("a signal asked this replica to leave")
         drained = self._drain_until is not None and (not self._held() or time.monotonic() >= self._drain_until)
-        if self._code is None and (self._stop or drained):
+        if self._code is None and (self._stops > 1 or drained):
             held = self._held()
             for group in held:
                 self._return(group.grant, "handed_back", "this replica leaves")
@@ -315,7 +325,7 @@ class EngineService:
         position: Position | None = self._weights.position if self._weights is not None else None
         if self._generation is None or position is None:
             raise GrantRejected("handed_back", "this replica has no weights yet")
-        if self._stop or self._drain_until is not None:
+        if self._stops or self._drain_until is not None:
             raise GrantRejected("handed_back", "this replica leaves")
         if grant.lineage != position.lineage or grant.version > position.version:
             wanted = f"lineage {grant.lineage}, version {grant.version} or newer"

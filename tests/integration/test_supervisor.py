@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.local.plan import ReplicaPlan
+from deploy.local.plan import ReplicaPlan, RunPlan
 from deploy.local.supervisor import EXIT_GAVE_UP, EXIT_INTERRUPTED, Deadlines, RestartRules, Supervisor
-from shared.messages import Accepted, AnyMessage, ReplicaExited, StatusRequest, StopRun
+from shared.messages import Accepted, AnyMessage, ReplicaExited, StopRun, Wanted, WantedRequest
 
 pytestmark = pytest.mark.integration
 
@@ -41,6 +41,8 @@ class Scene:
     said: list[str] = field(default_factory=list)
     asked: list[AnyMessage] = field(default_factory=list)
     on_ask: Callable[[AnyMessage], None] = lambda _: None
+    wanted: list[str] | None = None
+    draining: list[str] = field(default_factory=list)
     why: str = ""
 
     def process(self, name: str, code: str) -> ReplicaPlan:
@@ -56,16 +58,20 @@ class Scene:
         return f"run = here.parent\nwhile not ({condition}): time.sleep(0.01)\n"
 
     def supervisor(self, replicas: Sequence[ReplicaPlan], *, exit_s: float = 5.0, stop_s: float = 10.0) -> Supervisor:
+        plans = {plan.replica: plan for plan in replicas}
+        controller = plans.pop("controller")
+
         def ask(_address: str, message: AnyMessage, _timeout_s: float) -> AnyMessage:
-            if not isinstance(message, StatusRequest):
+            if not isinstance(message, WantedRequest):
                 self.asked.append(message)
             self.on_ask(message)
+            if isinstance(message, WantedRequest):
+                return Wanted(list(plans) if self.wanted is None else self.wanted, self.draining)
             return Accepted("noted")
 
         deadlines = Deadlines(stop_s=stop_s, exit_s=exit_s)
-        return Supervisor(
-            self.folder, replicas, "tcp://nowhere", deadlines, ask=ask, tell=self.said.append, rules=RULES
-        )
+        plan = RunPlan("tcp://nowhere", controller, plans.__getitem__)
+        return Supervisor(self.folder, plan, deadlines, ask=ask, tell=self.said.append, rules=RULES)
 
     def run(self, *replicas: ReplicaPlan, **deadlines: float) -> int:
         async def bounded() -> int:
@@ -154,6 +160,47 @@ def test_restarts_do_not_add_up_while_the_run_makes_progress(scene: Scene) -> No
     rollout = scene.process("rollout-0", step + "sys.exit(1)")
     controller = scene.process("controller", scene.until(f"(run / 'rollout-0' / 'start-{enough}').exists()"))
     assert scene.run(controller, rollout) == 0
+
+
+def test_a_replica_that_left_is_started_again_while_it_is_wanted(scene: Scene) -> None:
+    done = "(run / 'rollout-0' / 'start-1').exists()"
+    leaver = scene.process("rollout-0", f"if count == 0: sys.exit(0)\n{scene.until('False')}")
+    assert scene.run(scene.process("controller", scene.until(done)), leaver, exit_s=0.2) == 0
+    assert scene.starts("rollout-0") == 2
+
+
+POLITE = "import signal; signal.signal(signal.SIGTERM, lambda *_: (here / 'asked').touch() or sys.exit(0))\n"
+
+
+def test_what_the_controller_wants_is_started_and_what_it_gives_up_is_asked_to_leave(scene: Scene) -> None:
+    scene.wanted = ["rollout-0"]
+
+    def scale(message: AnyMessage) -> None:
+        if (scene.folder / "rollout-0" / "start-0").exists():
+            scene.wanted = ["rollout-0", "rollout-1"]
+        if (scene.folder / "rollout-1" / "start-0").exists():
+            scene.wanted = ["rollout-1"]
+
+    scene.on_ask = scale
+    controller = scene.process("controller", scene.until("(run / 'rollout-0' / 'asked').exists()") + "time.sleep(1.5)")
+    replicas = [scene.process(f"rollout-{number}", POLITE + IDLE) for number in (0, 1)]
+    assert scene.run(controller, *replicas, exit_s=0.5) == 0
+    assert (scene.starts("rollout-0"), scene.starts("rollout-1")) == (1, 1)
+
+
+def test_who_is_draining_already_gets_no_signal(scene: Scene) -> None:
+    def drain(message: AnyMessage) -> None:
+        if (scene.folder / "rollout-0" / "start-0").exists():
+            scene.wanted, scene.draining = [], ["rollout-0"]
+
+    scene.on_ask = drain
+    leaver = scene.process("rollout-0", POLITE + "time.sleep(2.5)")
+    controller = scene.process(
+        "controller", scene.until("(run / 'rollout-0' / 'start-0').exists()") + "time.sleep(3.5)"
+    )
+    assert scene.run(controller, leaver) == 0
+    assert not (scene.folder / "rollout-0" / "asked").exists()
+    assert scene.starts("rollout-0") == 1
 
 
 def test_the_controller_hears_at_once_that_a_process_ended(scene: Scene) -> None:
@@ -248,18 +295,20 @@ def test_a_stop_that_the_controller_never_answers_ends_all_the_same(scene: Scene
 LAUNCH = """
 import asyncio, os, sys
 from pathlib import Path
-from deploy.local.plan import ReplicaPlan
+from deploy.local.plan import ReplicaPlan, RunPlan
 from deploy.local.supervisor import Deadlines, Supervisor
+from shared.messages import Wanted
 from shared.service import PARENT_VARIABLE
 service = "from shared.service import run_service; import time\\n" \\
           "run_service('rollout', lambda arguments: print('up', flush=True) or time.sleep(600) or 0)"
 folder = Path(sys.argv[1])
 options = ("--recipe", sys.argv[2], "--run-folder", str(folder), "--controller", "tcp://127.0.0.1:1")
-plans = [
-    ReplicaPlan(name, "rollout", (sys.executable, "-c", service, *options), {PARENT_VARIABLE: str(os.getpid())})
-    for name in ("rollout-0", "rollout-1")
-]
-asyncio.run(Supervisor(folder, plans, "", Deadlines(1, 1), ask=lambda *_: None, tell=print).run())
+def replica(name):
+    return ReplicaPlan(name, "rollout", (sys.executable, "-c", service, *options), {PARENT_VARIABLE: str(os.getpid())})
+controller = ReplicaPlan("controller", "controller", ("sleep", "60"))
+plan = RunPlan("", controller, replica)
+ask = lambda *_: Wanted(["rollout-0", "rollout-1"], [])
+asyncio.run(Supervisor(folder, plan, Deadlines(1, 1), ask=ask, tell=print).run())
 """
 
 
@@ -281,7 +330,7 @@ def test_no_service_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None
         outputs = [tmp_path / "logs" / f"rollout-{index}.out" for index in (0, 1)]
         try:
             wait_for(lambda: all(o.exists() and "up" in o.read_text() for o in outputs), "both services")
-            services = psutil.Process(launcher.pid).children()
+            services = [p for p in psutil.Process(launcher.pid).children() if "sleep" not in p.cmdline()]
             assert len(services) == 2
         finally:
             launcher.kill()

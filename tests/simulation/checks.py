@@ -16,7 +16,7 @@ from services.controller.audit import Auditor
 from services.controller.core.core import Core
 from services.controller.core.events import AnyEvent, MessageReceived, ReplicaLost, ReplicaRegistered, TermBegan
 from services.controller.core.ledger import SAMPLED
-from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined, Judged, Reported
+from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined, Judged, Reported, Revised
 from services.controller.journal import Journal
 from services.controller.spool import Spool
 from shared.messages import AnyMessage, CommitStep, Envelope, Grant, Position, Registered, Role, TrainStep
@@ -59,6 +59,7 @@ class Checks:
         self._taken: dict[bytes, set[bytes]] = {}
         self._answers: dict[tuple[int, int], tuple[int, dict[int, str]]] = {}
         self._last_report: dict[int, int] = {}
+        self._bound = plan.recipe.train.max_staleness if plan.recipe.train is not None else 0
 
     def broken(self, text: str) -> None:
         """A rule is broken."""
@@ -102,6 +103,8 @@ class Checks:
                     self.broken(f"attempt {fact.attempt} at a step was assigned before, by another event")
             elif isinstance(fact, Joined):
                 self._joined[fact.replica, fact.incarnation] = number
+            elif isinstance(fact, Revised):
+                self._bound = max(self._bound, int(fact.changes.get("train.max_staleness", 0)))
             elif isinstance(fact, Reported):
                 self._last_report[fact.group] = fact.attempt
             elif isinstance(fact, Judged):
@@ -122,6 +125,8 @@ class Checks:
         deadline = core.next_deadline()
         timeouts = self.plan.recipe.timeouts
         longest = max(timeouts.stall_s, timeouts.load_s, timeouts.lease_s, timeouts.step_s, timeouts.checkpoint_s)
+        if state.steering.paused and deadline == math.inf:
+            return
         if not math.isfinite(deadline) or deadline > state.now + longest + 1.0:
             self.broken(f"the next deadline is {deadline - state.now:.1f} s away")
         self._check_meshes(core, now)
@@ -188,7 +193,7 @@ class Checks:
             return
         for each in sampled:
             staleness = step.position.version - min(each.chains)
-            if staleness > self.plan.recipe.train.max_staleness:
+            if staleness > self._bound:
                 self.broken(f"{name}: group {each.group} is {staleness} versions stale in step {step.step}")
             for version, chain in each.chains.items():
                 true = [self._by_version.get((ln, version)) for ln in range(1, step.position.lineage + 1)]
@@ -230,7 +235,7 @@ class Checks:
 
     def comparable(self, schedule: Sequence[Fault]) -> bool:
         """Whether this run must end in the same state as one without faults."""
-        changed = any(fault.kind in ("nan", "change") for fault in schedule)
+        changed = any(fault.kind in ("nan", "change", "revise", "evaluate") for fault in schedule)
         causes = {cause for book in self.auditor.audit.books.values() for cause in book.discarded.values()}
         return self.plan.recipe.run.deterministic and not changed and "attempts" not in causes
 
@@ -334,10 +339,14 @@ class Checks:
             return
         if stages.outcome or stages.stopping or state.version - stages.began >= train.batches:
             return
+        self._check_rollouts_are_served(core)
+        if state.steering.paused or state.fleet.leaving:
+            return
         if state.steps.batch is not None or state.steps.step is not None:
             return
         running = state.ledger.oldest("leased", "train")
-        held_up = running is not None and running <= state.version - train.max_staleness
+        bound = state.hyperparameters.whole("train.max_staleness")
+        held_up = running is not None and running <= state.version - bound
         if state.ledger.count("reported", "train") >= train.batch_size and not held_up:
             self.broken(f"no batch is formed of {state.ledger.count('reported', 'train')} groups during {judged}")
 
@@ -405,7 +414,7 @@ class Checks:
         if recipe.train is not None:
             waiting = sum(state.ledger.count(kind, "train") for kind in ("queued", "leased", "reported"))
             redone = sum(len(batch.groups) for batch in (*state.steps.unsettled, *state.steps.pending))
-            most = (recipe.train.max_staleness + 1) * recipe.train.batch_size + redone
+            most = (self._bound + 1) * recipe.train.batch_size + redone
             if waiting > most:
                 self.broken(f"{waiting} groups wait for training, the bound is {most}")
         for name, epochs in state.meshes.memberships.items():

@@ -7,7 +7,18 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.messages import DatasetIdentity, SetHyperparameters, StatusRequest, StopRun
+from shared.messages import (
+    CheckpointRun,
+    DatasetIdentity,
+    DrainReplica,
+    EvaluateRun,
+    PauseRun,
+    ResumeRun,
+    ScaleFleet,
+    SetHyperparameters,
+    StatusRequest,
+    StopRun,
+)
 from tests.simulation.controller import CrashPoint
 from tests.simulation.fleet import Fleet
 from tests.simulation.network import Weather
@@ -56,6 +67,7 @@ def draw_faults(seed: int, plan: Plan) -> list[Fault]:
         )
     if "policy-1" in plan.replicas:
         faults += _draw_policy_faults(seed, plan, lasts) if count else []
+    faults += _draw_steering(seed, plan, lasts)
     return sorted(faults, key=lambda fault: fault.at)
 
 
@@ -73,11 +85,30 @@ def _draw_policy_faults(seed: int, plan: Plan, lasts: float) -> list[Fault]:
     ]  # fmt: skip
 
 
+def _draw_steering(seed: int, plan: Plan, lasts: float) -> list[Fault]:
+    """Persons steer some lives; from a stream of its own, so that the others are what they were before they could."""
+    draw = random.Random(f"{seed}/steering")
+    if draw.random() < 0.5:
+        return []
+    kinds = draw.sample(sorted(_STEERING), draw.randint(1, len(_STEERING)))
+    return [
+        Fault(
+            draw.choice(kinds),
+            draw.uniform(0.0, lasts),
+            draw.uniform(0.5, 6.0),
+            draw.choice([*plan.replicas, "policy-0"]),
+            draw.randint(0, 60),
+            draw.random(),
+        )
+        for _ in range(draw.choice([1, 3, 6, 12]))
+    ]
+
+
 def strike(fleet: Fleet, fault: Fault) -> None:
     """Let it happen."""
     if not fleet.complete and fleet.calm_since is None:
         fleet.world.say(f"FAULT {fault}")
-        (_POLICY_KINDS.get(fault.kind) or _KINDS[fault.kind])(fleet, fault)
+        (_KINDS | _STEERING | _POLICY_KINDS)[fault.kind](fleet, fault)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -275,6 +306,51 @@ def _status(fleet: Fleet, fault: Fault) -> None:
 
 
 _POLICY_KINDS: dict[str, Callable[[Fleet, Fault], None]] = {"bad state": _bad_state, "torn sum": _torn_sum}
+
+
+def _revise(fleet: Fleet, fault: Fault) -> None:
+    changes = [{"train.max_staleness": fault.number % 5}, {"evaluation.every": 1 + fault.number % 3}]
+    fleet.ask(SetHyperparameters(changes[fault.number % 2], fault.number % 7 if fault.share < 0.5 else None))  # type: ignore[arg-type]
+
+
+def _terminate(fleet: Fleet, fault: Fault) -> None:
+    """SIGTERM: the replica leaves in good order, and is started again."""
+    fleet.terminate(fault.who)
+
+
+def _pause(fleet: Fleet, fault: Fault) -> None:
+    fleet.paused = True
+    fleet.ask(PauseRun("lunch"))
+    fleet.world.after(fault.seconds, lambda: fleet.ask(ResumeRun()))
+
+
+def _checkpoint(fleet: Fleet, fault: Fault) -> None:
+    fleet.ask(CheckpointRun())
+
+
+def _evaluate(fleet: Fleet, fault: Fault) -> None:
+    fleet.ask(EvaluateRun())
+
+
+def _drain(fleet: Fleet, fault: Fault) -> None:
+    fleet.reconcile()
+    fleet.ask(DrainReplica(fault.who, "a person drains it"))
+
+
+def _scale(fleet: Fleet, fault: Fault) -> None:
+    fleet.reconcile()
+    fleet.ask(ScaleFleet({"rollout": 1 + fault.number % 5}))
+
+
+_STEERING: dict[str, Callable[[Fleet, Fault], None]] = {
+    "revise": _revise,
+    "terminate": _terminate,
+    "pause": _pause,
+    "checkpoint": _checkpoint,
+    "evaluate": _evaluate,
+    "drain": _drain,
+    "scale": _scale,
+}
 _KINDS: dict[str, Callable[[Fleet, Fault], None]] = {
     "kill": _kill,
     "kill at commit": _kill_at_commit,

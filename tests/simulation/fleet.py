@@ -18,7 +18,11 @@ from shared.messages import (
     Envelope,
     Refused,
     ReplicaExited,
+    ResumeRun,
     Role,
+    ScaleFleet,
+    Wanted,
+    WantedRequest,
 )
 from tests.simulation.checks import Checks
 from tests.simulation.controller import ControllerProcess, Outputs
@@ -33,6 +37,12 @@ from tests.simulation.rollout import Rollout
 from tests.simulation.world import World
 
 ROLES: tuple[Role, ...] = ("policy", "rollout", "evaluator")
+PATIENT_S = 60.0
+"""How long a person tries to have the run go on at the end of the faults."""
+LOOK_S = 1.0
+"""How often the controller is asked which replicas it wants, once somebody has scaled the fleet."""
+TOLERATED = ("hyperparameter", "state", "replica", "role")
+"""What a person may be refused for."""
 LATE_S = 60.0
 """A run may fail of what faults did to it, but not so long after the last one."""
 
@@ -57,11 +67,14 @@ class Fleet:
         self.mischief = 1.0
         self.calm_since: float | None = None
         self.complete = False
+        self.paused = False
         self.nans = self.bad_digests = self.bad_copies = self.bad_checkpoints = 0
         self.bad_states = self.torn_sums = 0
         self.on_commit: list[Callable[[], None]] = []
         self._wanted: dict[str, int] = dict(plan.replicas)
         self._restarts: dict[str, int] = {}
+        self._by_hand: dict[str, None] = {}
+        self._reconciling = False
         self._ending = False
         self._chance = world.chance("launcher")
         self.start_controller()
@@ -121,6 +134,8 @@ class Fleet:
             for process in list(ranks):
                 process.kill(EXIT_FENCED, "still there when the run was resumed")
         self.start_controller()
+        if self.calm_since is not None:
+            self._steer_back()
         for name in self._wanted:
             self.world.after(self._chance.random(), lambda name=name: self.start(name))  # type: ignore[misc]
 
@@ -150,9 +165,45 @@ class Fleet:
             self.processes[name].append(process)
 
     def want(self, name: str, ranks: int) -> None:
-        """This replica shall be there."""
+        """Somebody starts this replica by hand, and again whenever it ends."""
+        self._by_hand[name] = None
         self._wanted[name] = ranks
         self.start(name)
+
+    def terminate(self, name: str) -> None:
+        """SIGTERM for the first rank of a replica."""
+        for process in self.named(name)[:1]:
+            service = self.services.get(process.nonce)
+            if service is not None:
+                process.when_awake(service.terminate)
+
+    def reconcile(self) -> None:
+        """From now on ask the controller which replicas it wants, as the supervisor does."""
+        if not self._reconciling:
+            self._reconciling = True
+            self._look()
+
+    def _look(self) -> None:
+        running = [name for name in self._wanted if self.processes.get(name)]
+
+        def take(answer: AnyMessage) -> None:
+            if isinstance(answer, Wanted) and answer.replicas and not self._ending:
+                self._take_wanted(answer, running)
+
+        self.ask(WantedRequest(), LOOK_S, take)
+        if not self.complete:
+            self.world.after(LOOK_S, self._look)
+
+    def _take_wanted(self, answer: Wanted, running: list[str]) -> None:
+        for name in answer.replicas:
+            if name not in self._wanted and name not in self._by_hand:
+                self._wanted[name] = self.plan.replicas.get(name, 1)
+                if name not in running:
+                    self.start(name)
+        for name in [name for name in self._wanted if name not in self._by_hand and name not in answer.replicas]:
+            del self._wanted[name]
+            if name not in answer.draining:
+                self.terminate(name)
 
     def unwant(self, name: str) -> None:
         """This replica shall leave of its own will."""
@@ -255,6 +306,7 @@ class Fleet:
         self.mischief = 0.0
         self.nans = self.bad_digests = self.bad_copies = self.bad_checkpoints = 0
         self.bad_states = self.torn_sums = 0
+        self._steer_back()
         self.on_commit.clear()
         self.network.calm()
         self.image.room = None
@@ -267,16 +319,31 @@ class Fleet:
 
     # --- a person -----------------------------------------------------------------------------------------------------
 
-    def ask(self, message: AnyMessage, timeout_s: float = 10.0) -> None:
-        """Ask the controller a question, again and again until it is answered."""
+    def _steer_back(self) -> None:
+        """A person undoes what was asked of the run, so that it can come to its end."""
+        if self.paused:
+            self.ask(ResumeRun(), PATIENT_S)
+        if self._reconciling:
+            self.ask(ScaleFleet({"rollout": self._count("rollout")}), PATIENT_S)
+            if self._count("evaluator"):
+                self.ask(ScaleFleet({"evaluator": self._count("evaluator")}), PATIENT_S)
+
+    def _count(self, role: str) -> int:
+        return sum(name.startswith(role) for name in self.plan.replicas)
+
+    def ask(
+        self, message: AnyMessage, timeout_s: float = 10.0, hear: Callable[[AnyMessage], None] = lambda answer: None
+    ) -> None:
+        """Ask the controller a question, again and again until it is answered; `hear` gets the answer."""
         number = self.world.count("person")
         answered: list[AnyMessage] = []
 
         def take(envelope: Envelope, frames: Frames) -> None:
             if envelope.reply_to == number and not answered:
                 answered.append(envelope.body)
-                if isinstance(envelope.body, Refused) and envelope.body.fault != "hyperparameter":
+                if isinstance(envelope.body, Refused) and envelope.body.fault not in TOLERATED:
                     self.checks.broken(f"{message} was refused: {envelope.body}")
+                hear(envelope.body)
 
         link = Link(self.network, "person", f"person/{number}".encode(), take)
         until = self.world.now + timeout_s

@@ -24,6 +24,7 @@ from shared.messages import (
     GroupReport,
     Lease,
     LeaseRef,
+    Leaving,
     LoadState,
     Position,
     ReceiveState,
@@ -70,6 +71,15 @@ class Policy:
         self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
         process.on_message = self._take
         process.on_exit = self.meshes.close
+
+    def terminate(self) -> None:
+        """SIGTERM: ask for a Drain, and go without one after a while; before there is a model, at once."""
+        if self.position is None:
+            self.process.leave(EXIT_DONE, "SIGTERM before there was a model")
+            return
+        self.process.send(Leaving("SIGTERM"))
+        patience = self.fleet.plan.recipe.timeouts.exit_s / 2
+        self.process.later(patience, lambda: self.process.leave(EXIT_DONE, "no Drain came"))
 
     def _take(self) -> None:
         """The inbox thread: meshes at once, all else in turn."""

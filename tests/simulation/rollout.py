@@ -17,6 +17,7 @@ from shared.messages import (
     Lease,
     LeaseRef,
     LeaseReturned,
+    Leaving,
     LoadState,
     Position,
     ReceiveWeights,
@@ -77,6 +78,11 @@ class Rollout:
         for group in list(self._groups.values()):
             self._return(group.grant, "handed_back", cause)
         self.process.leave(EXIT_DONE, cause)
+
+    def terminate(self) -> None:
+        """SIGTERM: say so, and hand back a little later what is not finished by then."""
+        self.process.send(Leaving("SIGTERM"))
+        self.process.later(2.0 * self._chance.random(), lambda: self.drain("SIGTERM"))
 
     def _take(self) -> None:
         process = self.process

@@ -13,6 +13,7 @@ from rich.text import Text
 from deploy.cli.live.sources import Picture
 from deploy.cli.live.sparklines import sparkline
 from deploy.readers.figures import seconds_by_role
+from deploy.readers.revisions import marks
 from deploy.report.words import duration
 
 KINDS = (
@@ -68,6 +69,8 @@ def _progress(picture: Picture) -> RenderableType:
     left = picture.seconds_left() if same else None
     if left is not None and done < batches:
         text.append(f"  {duration(left)} left", style="dim")
+    if status.get("paused"):
+        text.append("  paused; 'orrery resume' goes on", style="bold yellow")
     if status.get("stopping"):
         text.append("  stopping after the batch in hand", style="bold yellow")
     row.add_row(name, ProgressBar(total=batches, completed=done, width=_BAR), text)
@@ -114,7 +117,8 @@ def _figures(picture: Picture) -> RenderableType:
         words.append(f"sync {last['sync_seconds']:.2f} s")
     if last.get("truncated"):
         words.append(f"truncated {100 * last['truncated']:.0f} %")
-    return Group(table, Text("   ".join(words), style="dim"))
+    changed = Text("   ".join(f"step {mark.step}: {mark.text}" for mark in marks(picture.lines)[-3:]), style="yellow")
+    return Group(table, Text("   ".join(words), style="dim"), *([changed] if changed.plain else []))
 
 
 def _add(table: Table, name: str, values: list[float], shape: str, colour: str) -> None:

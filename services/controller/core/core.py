@@ -21,6 +21,8 @@ from services.controller.core.events import (
     ReplicaRegistered,
     RunBegan,
     Spooled,
+    Steered,
+    SteeringOrder,
     StopRequested,
     TermBegan,
 )
@@ -28,7 +30,18 @@ from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
 from services.controller.core.orders import give_orders
 from services.controller.core.outcome import Joined, Outcome, Reported, StageBegan, Welcome
-from services.controller.core.rules import joining, judging, leasing, losing, mustering, saving, syncing, training
+from services.controller.core.rules import (
+    draining,
+    joining,
+    judging,
+    leasing,
+    losing,
+    mustering,
+    saving,
+    steering,
+    syncing,
+    training,
+)
 from services.controller.core.state import State, Turn, initial_state
 from shared.config import Recipe
 from shared.messages import (
@@ -38,6 +51,7 @@ from shared.messages import (
     GradientsReady,
     GroupReport,
     LeaseReturned,
+    Leaving,
     MeshFailed,
     MeshFormed,
     Refused,
@@ -62,6 +76,7 @@ RULES = (
     saving.turn_stage,
     saving.save_regularly,
     saving.close_run,
+    draining.drain_replicas,
     losing.roll_back_if_orphaned,
     joining.keep_members,
     judging.judge_rows,
@@ -111,6 +126,10 @@ class Core:
         """Whether a message is fresh, a duplicate, or refused; changes nothing."""
         return refusals.judge(self.state, replica, incarnation, message)
 
+    def judge_order(self, order: SteeringOrder) -> refusals.Verdict:
+        """Whether what a person asks is fresh, done already, or refused; changes nothing."""
+        return steering.judge_order(self.state, self.recipe, order)
+
     def step(self, event: AnyEvent) -> Outcome:
         """Take one event."""
         turn = Turn(self.state, self.recipe, event)
@@ -150,6 +169,8 @@ def _take(turn: Turn, event: AnyEvent) -> None:
         case StopRequested():
             state.stages.stopping = event.cause
             state.stages.stop_deadline = state.now + turn.recipe.timeouts.step_s
+        case Steered():
+            steering.take_order(turn, event.order)
         case MessageReceived():
             _receive(turn, state.fleet.replicas[event.replica], event.body, event.spooled)
 
@@ -161,6 +182,7 @@ def _begin_term(turn: Turn, term: int) -> None:
     state.sent = {}
     if state.stages.outcome:  # resumed after its end: what it had given up on is tried as often again
         state.stages.filtered_in_a_row, state.steps.nonfinite, state.lineages.failures = 0, 0, 0
+        state.steering.paused = ""
     state.stages.reopen()
     turn.progress()
     for replica in state.fleet.live():
@@ -184,7 +206,10 @@ def _register(turn: Turn, register: Register) -> None:
     if replica is not None:
         if not replica.confirmed:
             loads = replica.state in ("joining", "loading")
-            state.fleet.confirm(replica, True, state.now + turn.recipe.timeouts.load_s if loads else None)
+            until = state.now + turn.recipe.timeouts.load_s if loads else None
+            if replica.state == "draining":
+                until = draining.gone_by(turn, replica)
+            state.fleet.confirm(replica, True, until)
             state.ledger.hungry[replica.name] = None
             syncing.consider(turn, replica)
     else:
@@ -232,6 +257,8 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
     match message:
         case Goodbye():
             losing.lose(turn, replica, message.cause, left=True)
+        case Leaving():
+            losing.ask_to_leave(turn, replica, message.cause)
         case ReplicaFailed():
             losing.lose(turn, replica, message.cause)
             if message.fatal:
@@ -247,8 +274,10 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
                 state.fleet.move(replica, "stale", state.now)
             syncing.consider(turn, replica)
         case GroupReport():
+            replica.answered = state.now
             _take_report(turn, message, spooled)
         case LeaseReturned():
+            replica.answered = state.now
             group = turn.group(message.group)
             if message.cause == "handed_back":
                 leasing.give_back(turn, group, "handed_back")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from services.controller.core.ledger import PURPOSES
+from services.controller.core.ledger import PURPOSES, Group
 from services.controller.core.rules.joining import join_ran_out, mesh_failed
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.rules.losing import lose
@@ -15,14 +15,17 @@ from services.controller.core.state import State, Turn
 from shared.config import Recipe
 from shared.messages import Role
 
+_WAITS = {"joining": "timeouts.load_s", "loading": "timeouts.load_s", "draining": "timeouts.exit_s"}
+
 
 def next_deadline(state: State, recipe: Recipe) -> float:
     """The earliest moment at which something runs out, in the controller's clock; never, once the run has ended."""
-    return math.inf if state.stages.outcome else min(_moments(state, recipe))
+    return math.inf if state.stages.outcome else min(_moments(state, recipe), default=math.inf)
 
 
 def _moments(state: State, recipe: Recipe) -> Iterator[float]:
-    yield state.progressed + recipe.timeouts.stall_s
+    if not state.steering.paused:
+        yield state.progressed + recipe.timeouts.stall_s
     for purpose in PURPOSES:
         group = state.ledger.first("leased", purpose)  # shelves are in order of deadlines
         if group is not None:
@@ -60,10 +63,10 @@ def expire(turn: Turn) -> None:
     state, now = turn.state, turn.state.now
     for group in state.ledger.having("leased"):
         if group.state == "leased" and group.deadline <= now:  # an earlier one may have taken its wave back with it
-            give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
+            _expire_lease(turn, group)
     for replica in state.fleet.live():
         if replica.deadline is not None and replica.deadline <= now:
-            waited = "timeouts.load_s" if replica.state in ("joining", "loading") else "timeouts.rejoin_s"
+            waited = _WAITS.get(replica.state, "timeouts.rejoin_s") if replica.confirmed else "timeouts.rejoin_s"
             lose(turn, replica, f"the controller waited for it in state {replica.state} past {waited}")
     for mesh in [state.meshes.meshes[epoch] for epoch in state.meshes.unformed]:
         if mesh.deadline <= now:
@@ -81,13 +84,29 @@ def expire(turn: Turn) -> None:
         lose(turn, joiner, "it did not take the others' state within timeouts.transfer_s")
     saving = state.lineages.saving
     if saving is not None and saving.deadline <= now:
-        checkpoint_failed(turn, f"{saving.replica} did not answer within timeouts.checkpoint_s")
+        cause = f"{saving.replica} did not answer within timeouts.checkpoint_s"
+        checkpoint_failed(turn, cause)
+        lose(turn, state.fleet.replicas[saving.replica], cause)
     if state.stages.stopping and state.stages.stop_deadline <= now:
         state.stages.finish(
             "stopped", f"{state.stages.stopping}; the batch in hand was not finished within timeouts.step_s"
         )
-    if state.progressed + turn.recipe.timeouts.stall_s <= now:
+    if not state.steering.paused and state.progressed + turn.recipe.timeouts.stall_s <= now:
         state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state, turn.recipe)}")
+
+
+def _expire_lease(turn: Turn, group: Group) -> None:
+    """A straggler of a replica that has answered others is leased afresh; one that answers nothing at all is stuck.
+
+    (Not a policy: worked answers wait behind the step that it computes, which has a deadline of its own.)
+    """
+    replica = turn.state.fleet.replicas[group.replica]
+    if not turn.state.fleet.is_current(group.replica, group.incarnation):
+        return  # lost a moment ago, and the group was given up with it
+    if replica.answered < group.leased_at and replica.role != "policy":
+        lose(turn, replica, "it has answered nothing since it was leased a group, for timeouts.lease_s")
+    else:
+        give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
 
 
 def _expire_step(turn: Turn) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-Why = Literal["first", "rule", "periodic", "last"]
+Why = Literal["first", "rule", "periodic", "asked", "last"]
 
 
 class Answer(msgspec.Struct):

@@ -10,16 +10,23 @@ import msgspec
 
 from shared.messages import (
     CheckpointFailed,
+    CheckpointRun,
     CheckpointSaved,
+    DrainReplica,
+    EvaluateRun,
     Goodbye,
     GradientsReady,
     GroupReport,
     LeaseReturned,
+    Leaving,
     MeshFailed,
     MeshFormed,
+    PauseRun,
     Register,
     ReplicaFailed,
+    ResumeRun,
     Scalar,
+    ScaleFleet,
     StateDigest,
     StateLoaded,
     StateReceived,
@@ -34,10 +41,14 @@ CORE_VERSION = 3
 """Version of the core's rules: a journal record says which version took it; an upgrade starts from a snapshot."""
 
 ReplicaMessage = (
-    Goodbye | StateLoaded | ReplicaFailed | GroupReport | LeaseReturned | GradientsReady | StepApplied
+    Goodbye | Leaving | StateLoaded | ReplicaFailed | GroupReport | LeaseReturned | GradientsReady | StepApplied
     | CheckpointSaved | CheckpointFailed | StateSent | StateReceived | StateDigest
     | MeshFormed | MeshFailed | WeightsSent | WeightsLoaded | WeightsFailed
 )  # fmt: skip
+
+
+SteeringOrder = PauseRun | ResumeRun | CheckpointRun | EvaluateRun | DrainReplica | ScaleFleet
+"""What a person may ask of a run that goes on, besides its end and its hyper-parameters."""
 
 
 class Spooled(msgspec.Struct, frozen=True):
@@ -116,7 +127,13 @@ class StopRequested(Event, frozen=True, kw_only=True, tag="stop_requested"):
     cause: str
 
 
+class Steered(Event, frozen=True, kw_only=True, tag="steered"):
+    """A person steers the run; the shell has asked `judge_order` whether it can."""
+
+    order: SteeringOrder
+
+
 AnyEvent = (
     RunBegan | TermBegan | ReplicaRegistered | MessageReceived | ReplicaLost | DeadlinePassed | MeshIdMinted
-    | HyperparametersRequested | StopRequested
+    | HyperparametersRequested | StopRequested | Steered
 )  # fmt: skip

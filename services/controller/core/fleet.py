@@ -32,6 +32,7 @@ class Replica(msgspec.Struct):
 
     `doubtful`: a transfer to it was given up, so its engine may sample with weights that nobody has compared; a policy:
     what it holds differs from what the others hold, and it has yet to forget that.
+    `answered` is when it last reported or returned a group.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Replica(msgspec.Struct):
     confirmed: bool = True
     deadline: float | None = None
     doubtful: bool = False
+    answered: float = 0.0
 
     @property
     def live(self) -> bool:
@@ -59,13 +61,15 @@ class Fleet(msgspec.Struct):
 
     `shelves` index the live ones by role, state and what they hold, so that no event has to look at all of them:
     state, position and `confirmed` of a replica change through the fleet only. `processes` are the last nonces of each
-    rank, the newest one last: an older process never takes its name back.
+    rank, the newest one last: an older process never takes its name back. `leaving` are live ones that were asked to
+    go, with the cause, and are not draining yet.
     """
 
     replicas: dict[str, Replica] = {}
     shelves: dict[str, dict[str, None]] = {}
     datasets: dict[str, DatasetIdentity] = {}
     processes: dict[str, list[int]] = {}
+    leaving: dict[str, str] = {}
 
     def live(self, role: Role | None = None) -> list[Replica]:
         """The live replicas (of a role), by name."""
@@ -99,6 +103,10 @@ class Fleet(msgspec.Struct):
         """Whether this incarnation is the live one of that name."""
         replica = self.replicas.get(name)
         return replica is not None and replica.live and replica.incarnation == incarnation
+
+    def goes(self, replica: Replica) -> bool:
+        """Whether a replica is draining, or was asked to leave."""
+        return replica.state == "draining" or replica.name in self.leaving
 
     def dataset_conflict(self, register: Register) -> tuple[DatasetIdentity, DatasetIdentity] | None:
         """(expected, got) of the first data set that differs from what the first registrant saw."""
@@ -174,6 +182,7 @@ class Fleet(msgspec.Struct):
             self._shelve(replica)
         else:
             replica.position = None
+            self.leaving.pop(replica.name, None)
 
     def hold(self, replica: Replica, position: Position | None) -> None:
         """A live replica has these weights now."""

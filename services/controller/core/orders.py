@@ -15,7 +15,8 @@ from functools import partial
 from services.controller.core.events import MeshIdMinted, ReplicaRegistered, Spooled
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import PURPOSES
-from services.controller.core.outcome import Assigned, Leased
+from services.controller.core.outcome import Assigned, Draining, Leased
+from services.controller.core.rules.draining import needed
 from services.controller.core.rules.leasing import grant
 from services.controller.core.rules.training import train_step
 from services.controller.core.state import Turn
@@ -23,6 +24,7 @@ from shared.messages import (
     AnyMessage,
     CheckState,
     CommitStep,
+    Drain,
     FormMesh,
     Lease,
     LoadState,
@@ -64,7 +66,7 @@ def give_orders(turn: Turn) -> None:
 
 
 def _concerned(turn: Turn) -> list[str]:
-    """Who may have something new to do: policies, who registered, was leased groups, or is to form or use a mesh.
+    """Who may have something new to do: policies, who registered, was leased groups, is to form or use a mesh, drains.
 
     When the run ends, everybody.
     """
@@ -72,7 +74,7 @@ def _concerned(turn: Turn) -> list[str]:
     if state.stages.outcome and not turn.was_over:
         return [replica.name for replica in state.fleet.live()]
     names = {replica.name for replica in state.fleet.live("policy")}
-    names |= {fact.replica for fact in turn.outcome.facts if isinstance(fact, Leased)}
+    names |= {fact.replica for fact in turn.outcome.facts if isinstance(fact, Leased | Draining)}
     if isinstance(turn.event, ReplicaRegistered):
         names.add(turn.event.register.replica)
     if isinstance(turn.event, MeshIdMinted) and turn.event.epoch in state.meshes.meshes:
@@ -87,6 +89,8 @@ def _orders(turn: Turn, replica: Replica) -> Iterator[Order]:
         return
     if replica.state == "loading":
         yield from _loading(turn, replica)
+    if replica.state == "draining" and not needed(state, replica):
+        yield "drain", partial(Drain, "it was asked to leave, and nothing waits for it")
     for mesh in state.meshes.held_by(replica.name):
         if mesh.state == "forming" and replica.name not in mesh.formed:
             yield f"form {mesh.epoch}", partial(FormMesh, mesh.identity, turn.recipe.timeouts.mesh_s)

@@ -162,6 +162,14 @@ class Gone(Fact, frozen=True, tag="gone"):
     cause: str
 
 
+class Draining(Fact, frozen=True, tag="draining"):
+    """A replica is given nothing new: it is about to leave."""
+
+    replica: str
+    incarnation: int
+    cause: str
+
+
 class Synced(Fact, frozen=True, tag="synced"):
     """A replica's engine generates with these weights, digest checked."""
 
@@ -224,7 +232,8 @@ class Finished(Fact, frozen=True, tag="finished"):
 
 AnyFact = (
     Issued | Leased | Reported | Requeued | Discarded | Assigned | Aborted | Committed | Consumed | Judged | Evaluated
-    | Settled | RolledBack | Joined | Gone | Synced | CaughtUp | Compared | Mustered | Revised | StageBegan | Finished
+    | Settled | RolledBack | Joined | Draining | Gone | Synced | CaughtUp | Compared | Mustered | Revised | StageBegan
+    | Finished
 )  # fmt: skip
 
 # --- effects ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from shared.messages import (
     GradientsReady,
     GroupReport,
     LeaseReturned,
+    Leaving,
     MeshFailed,
     MeshFormed,
     Refused,
@@ -91,6 +92,10 @@ def judge(state: State, name: str, incarnation: int, message: ReplicaMessage) ->
 
 def _always(state: State, replica: Replica, message: ReplicaMessage) -> Verdict:
     return "fresh"
+
+
+def _leaving(state: State, replica: Replica, message: Leaving) -> Verdict:
+    return "duplicate" if state.fleet.goes(replica) else "fresh"
 
 
 def _loaded(state: State, replica: Replica, message: StateLoaded) -> Verdict:
@@ -235,6 +240,7 @@ def _weights(state: State, replica: Replica, message: WeightsSent | WeightsLoade
 
 _JUDGES: dict[type[msgspec.Struct], Callable[..., Verdict]] = {
     Goodbye: _always,
+    Leaving: _leaving,
     ReplicaFailed: _always,
     StateLoaded: _loaded,
     GroupReport: _lease,

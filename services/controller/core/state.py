@@ -14,7 +14,9 @@ from services.controller.core.lineages import Lineages
 from services.controller.core.meshes import Meshes
 from services.controller.core.mustering import Mustering
 from services.controller.core.outcome import AnyFact, Effect, Outcome, Send
+from services.controller.core.scaling import Scaling
 from services.controller.core.stages import StageName, Stages
+from services.controller.core.steering import Steering
 from services.controller.core.steps import Steps
 from services.controller.core.weights import Weights
 from shared.config import Recipe, live_values
@@ -33,6 +35,7 @@ class State(msgspec.Struct):
     lineages: Lineages
     stages: Stages
     hyperparameters: Hyperparameters
+    scaling: Scaling
     run: str = ""
     term: int = 0
     now: float = 0.0
@@ -45,6 +48,7 @@ class State(msgspec.Struct):
     joining: Joining = msgspec.field(default_factory=Joining)
     mustering: Mustering = msgspec.field(default_factory=Mustering)
     evaluation: Evaluation = msgspec.field(default_factory=Evaluation)
+    steering: Steering = msgspec.field(default_factory=Steering)
     sent: dict[str, list[str]] = {}
 
     @property
@@ -70,6 +74,7 @@ def initial_state(recipe: Recipe) -> State:
         lineages=Lineages(committed=Position(1, 0, 0), settled=Position(1, 0, 0)),
         stages=Stages(names=[*stages, "closing", "over"]),
         hyperparameters=Hyperparameters(values=live_values(recipe)),
+        scaling=Scaling.of(recipe),
     )
 
 
@@ -113,7 +118,7 @@ class Turn:
     @property
     def bound(self) -> int:
         """The staleness bound in force; worked answers of SFT have no version and no bound."""
-        return self.recipe.train.max_staleness if self.recipe.train is not None else 0
+        return self.state.hyperparameters.whole("train.max_staleness") if self.recipe.train is not None else 0
 
     def trained(self) -> int:
         """Groups' worth of batches committed in this stage."""

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from shared.config.schema.base import Positive, Table
+from shared.config.schema.base import LIVE, Positive, Table
 
 SUITE_NAME = r"[a-z0-9][a-z0-9._-]*"
 
@@ -40,7 +40,9 @@ class SuiteTable(Table):
 class EvaluationTable(Table):
     """[evaluation]: how often held-out accuracy is judged, and on which suites."""
 
-    every: Positive = Field(20, description="batches between evaluations in RL; first and last are always judged")
+    every: Positive = Field(
+        20, json_schema_extra=LIVE, description="batches between evaluations in RL; first and last are always judged"
+    )
     suites: dict[str, SuiteTable] = Field(min_length=1, description="one table [evaluation.suites.NAME] a suite")
 
     @model_validator(mode="after")

@@ -60,4 +60,6 @@ class TrainTable(OptimizerTable):
     filter_limit: Positive = Field(
         50, description="batches' worth of filtered groups in a row after which the run gives up"
     )
-    max_staleness: int = Field(1, ge=0, le=64, description="trained version - sampled version never exceeds this")
+    max_staleness: int = Field(
+        1, ge=0, le=64, json_schema_extra=LIVE, description="trained version - sampled version never exceeds this"
+    )

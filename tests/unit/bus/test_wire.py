@@ -60,7 +60,8 @@ def values(hint: Any) -> st.SearchStrategy:
     if origin is list:
         return st.lists(values(inner[0]), max_size=3)
     if origin is dict:
-        return st.dictionaries(st.text(max_size=5), values(inner[1]), max_size=3)
+        keys = st.text(max_size=5) if inner[0] is str else values(inner[0])
+        return st.dictionaries(keys, values(inner[1]), max_size=3)
     return {
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import RecipeError, check_changes, dump_recipe, live_fields, live_values, load_recipe
+from shared.config import RecipeError, check_changes, check_scale, dump_recipe, live_fields, live_values, load_recipe
 
 RECIPE = """
 [run]
@@ -183,13 +183,38 @@ def test_a_stage_that_a_recipe_lacks_has_no_live_fields(tmp_path: Path) -> None:
 
 def test_a_live_change_is_checked_like_the_recipe(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
-    assert check_changes(recipe, {"train.lr": 1, "train.samples": 4}) == {"train.lr": 1.0, "train.samples": 4}
+    checked = check_changes(recipe, live_values(recipe), {"train.lr": 1, "train.samples": 4})
+    assert checked == {"train.lr": 1.0, "train.samples": 4}
     with pytest.raises(RecipeError, match=r"train\.samples"):
-        check_changes(recipe, {"train.samples": 1})
+        check_changes(recipe, live_values(recipe), {"train.samples": 1})
     with pytest.raises(RecipeError, match=r"train\.lr"):
-        check_changes(recipe, {"train.lr": "fast"})
+        check_changes(recipe, live_values(recipe), {"train.lr": "fast"})
 
 
 def test_a_field_that_is_not_live_is_refused_with_those_that_are(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
     with pytest.raises(RecipeError, match=r"train\.batches cannot change.*train\.lr"):
-        check_changes(load_recipe(recipe_file), {"train.batches": 3})
+        check_changes(recipe, live_values(recipe), {"train.batches": 3})
+
+
+def test_a_change_is_checked_together_with_those_before_it(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    values = live_values(recipe) | {"rollout.max_new_tokens": 100_000_000}
+    with pytest.raises(RecipeError, match=r"max_message_mb"):
+        check_changes(recipe, values, {"train.samples": 8})
+
+
+def test_the_weights_of_rewards_are_live_by_the_name_of_their_part(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    name = recipe.rewards.parts[0].name
+    assert live_values(recipe)[f"rewards.{name}.weight"] == recipe.rewards.parts[0].weight
+    assert check_changes(recipe, live_values(recipe), {f"rewards.{name}.weight": 2}) == {f"rewards.{name}.weight": 2.0}
+    with pytest.raises(RecipeError, match="less than or equal to 100"):
+        check_changes(recipe, live_values(recipe), {f"rewards.{name}.weight": 1000.0})
+
+
+def test_numbers_of_replicas_that_the_recipe_forbids_are_refused(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    check_scale(recipe, {"rollout": 3})
+    with pytest.raises(RecipeError, match=r"rollout\.replicas"):
+        check_scale(recipe, {"rollout": 0})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.controller.core.hyperparameters import Hyperparameters
+from services.controller.core.hyperparameters import Hyperparameters, Revision
 from services.controller.core.outcome import Leased, Revised
 from shared.messages import Lease, TrainStep
 from tests.unit.controller.world import World, small_world
@@ -17,10 +17,12 @@ def test_changes_come_into_force_in_the_order_of_their_steps_then_of_asking() ->
     live.request({"train.lr": 0.4}, 9)
     live.request({"train.lr": 0.2}, 3)
     live.request({"train.lr": 0.3}, 3)
-    assert live.advance(2) == []
-    assert live.advance(3) == [{"train.lr": 0.2}, {"train.lr": 0.3}]
+    assert live.advance(2, 7.0) == []
+    first, second = live.advance(3, 7.0)
+    assert first == Revision(1, 7.0, 3, {"train.lr": 0.2}, {"train.lr": 0.1})
+    assert second == Revision(2, 7.0, 3, {"train.lr": 0.3}, {"train.lr": 0.2})
     assert (live.revision, live.number("train.lr")) == (2, 0.3)
-    assert live.advance(100) == [{"train.lr": 0.4}]
+    assert [revision.changes for revision in live.advance(100, 8.0)] == [{"train.lr": 0.4}]
     assert (live.revision, live.pending) == (3, [])
 
 

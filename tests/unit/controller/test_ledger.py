@@ -6,7 +6,7 @@ import pytest
 
 from services.controller.core.events import Spooled
 from services.controller.core.ledger import Group, Ledger
-from services.controller.core.outcome import Discarded, Issued, Leased, Requeued
+from services.controller.core.outcome import Discarded, Gone, Issued, Leased, Requeued
 from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Lease, LeaseReturned, RevokeLease, Sampling
 from tests.unit.controller.world import World, ready_at_once, recipe, small_world
 
@@ -169,6 +169,8 @@ def test_a_lease_that_runs_out_is_revoked_and_leased_again_as_a_new_attempt() ->
     world.join("policy-0", "policy")
     slow = world.join("rollout-0", "rollout", slow=True)
     world.deliver()
+    world.finish(slow)
+    world.deliver()
     old = dict(slow.working)
     world.pass_time(31.0)
     revoked = {(ref.group, ref.attempt) for message in slow.told(RevokeLease) for ref in message.leases}
@@ -182,10 +184,27 @@ def test_a_report_of_an_older_attempt_is_refused_even_from_the_same_replica() ->
     world.join("policy-0", "policy")
     slow = world.join("rollout-0", "rollout", slow=True)
     world.deliver()
+    world.finish(slow, (2, 1))
+    world.deliver()
     grant, version = slow.working[1, 1]
     world.pass_time(31.0)
     slow.working[1, 1] = (grant, version)
     assert world.say(slow, slow.report((1, 1))) == "attempt"
+
+
+def test_a_replica_that_answers_nothing_of_what_it_was_leased_is_lost_at_the_deadline() -> None:
+    world = World(recipe(timeouts={"lease_s": 30.0}))
+    world.join("policy-0", "policy")
+    stuck = world.join("rollout-0", "rollout", slow=True)
+    world.deliver()
+    held = {group for group, _ in stuck.working}
+    world.pass_time(29.0)
+    assert world.state_of("rollout-0") == "ready"
+    world.pass_time(2.0)
+    assert world.state_of("rollout-0") == "lost"
+    assert "timeouts.lease_s" in world.of(Gone)[-1].cause
+    assert {fact.group for fact in world.of(Requeued)} == held
+    assert world.say(stuck, stuck.report((1, 1))) == "unknown_sender"
 
 
 def test_a_group_is_given_up_after_five_attempts_and_its_slot_goes_to_another() -> None:
@@ -194,7 +213,9 @@ def test_a_group_is_given_up_after_five_attempts_and_its_slot_goes_to_another() 
     slow = world.join("rollout-0", "rollout", slow=True)
     world.deliver()
     first = {group for group, _ in slow.working}
-    world.pass_time(5 * 31.0)
+    for _ in range(5):
+        slow = world.replace("rollout-0", slow=True)
+        world.deliver()
     assert {(fact.group, fact.cause) for fact in world.of(Discarded)} == {(group, "attempts") for group in first}
     assert len(slow.working) == len(first)
     assert first.isdisjoint(group for group, _ in slow.working)

@@ -402,7 +402,7 @@ def test_a_change_that_is_asked_for_again_is_journaled_once(tmp_path: Path, at_s
     later = SetHyperparameters({"train.lr": 6e-4}, 9)
     assert desk.ask(later) == desk.ask(later) == Accepted("in force from step 9 on")
     assert desk.journal.number == number + 1
-    desk.core.state.hyperparameters.advance(3)  # the first has come into force before it was asked for again
+    desk.core.state.hyperparameters.advance(3, 0.0)  # the first has come into force before it was asked for again
     assert desk.ask(change) == Accepted("in force already")
     assert desk.journal.number == number + 1
     assert desk.core.state.hyperparameters.revision == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.controller.core.outcome import Discarded, EndRun, Finished, FreeSpool, Leased, Settled, StageBegan
+from services.controller.core.outcome import Discarded, EndRun, Finished, FreeSpool, Gone, Leased, Settled, StageBegan
 from services.controller.core.stages import Stages
 from shared.messages import (
     CheckpointFailed,
@@ -137,13 +137,24 @@ def test_the_last_checkpoint_is_tried_again_when_it_fails() -> None:
 
 
 def test_three_checkpoints_in_a_row_that_fail_end_the_run() -> None:
+    world = small_world(train={"batches": 9}, checkpoint={"every": 1})
+    world.models["policy-0"].disk_full = lambda: True
+    world.deliver()
+    assert finished(world, "failed")
+    assert "3 checkpoints in a row could not be written" in world.ended.cause  # type: ignore[union-attr]
+    assert "its disk is full" in world.ended.cause  # type: ignore[union-attr]
+
+
+def test_a_policy_that_is_stuck_in_a_checkpoint_is_lost_at_its_deadline() -> None:
     world = small_world(train={"batches": 9}, checkpoint={"every": 1}, timeouts={"checkpoint_s": 10.0})
     world.models["policy-0"].silent = {SaveCheckpoint}
     world.deliver()
-    world.pass_time(100.0)
-    assert finished(world, "failed")
-    assert "3 checkpoints in a row could not be written" in world.ended.cause  # type: ignore[union-attr]
-    assert "timeouts.checkpoint_s" in world.ended.cause  # type: ignore[union-attr]
+    world.pass_time(10.1)
+    assert world.state_of("policy-0") == "lost"
+    assert "timeouts.checkpoint_s" in world.of(Gone)[-1].cause
+    world.join("policy-0", "policy")
+    world.deliver()
+    assert finished(world, "complete")
 
 
 def test_stop_finishes_the_batch_in_hand_saves_it_and_keeps_the_rest() -> None:

@@ -21,25 +21,27 @@ def recipe(**tables: object) -> Recipe:
     return Recipe.model_validate({**BASE, **tables})
 
 
-def test_a_run_has_a_controller_and_the_replicas_of_its_recipe(tmp_path: Path) -> None:
+def test_processes_have_the_role_of_their_name_and_the_threads_of_the_recipe(tmp_path: Path) -> None:
     plan = plan_run(recipe(rollout={"replicas": 2, "threads": 3}), tmp_path)
-    assert [replica.replica for replica in plan.replicas] == ["controller", "policy-0", "rollout-0", "rollout-1"]
-    assert plan.replicas[2].environment["OMP_NUM_THREADS"] == "3"
-    assert all(replica.environment[PARENT_VARIABLE] == str(os.getpid()) for replica in plan.replicas)
+    for each, role, threads in ((plan.controller, "controller", "1"), (plan.replica("rollout-7"), "rollout", "3")):
+        assert each.role == role
+        assert each.environment["OMP_NUM_THREADS"] == threads
+        assert each.environment[PARENT_VARIABLE] == str(os.getpid())
 
 
 def test_everybody_gets_the_port_that_the_controller_binds(tmp_path: Path) -> None:
     plan = plan_run(recipe(), tmp_path)
     assert plan.address.startswith("tcp://127.0.0.1:")
     assert plan.address.rpartition(":")[2].isdigit()
-    assert all(plan.address in replica.command for replica in plan.replicas)
+    assert plan.address in plan.controller.command
+    assert plan.address in plan.replica("policy-0").command
 
 
 def test_a_port_that_the_recipe_names_is_kept(tmp_path: Path) -> None:
     assert plan_run(recipe(bus={"bind": "tcp://127.0.0.1:4321"}), tmp_path).address == "tcp://127.0.0.1:4321"
     plan = plan_run(recipe(bus={"bind": "tcp://0.0.0.0:4321"}), tmp_path)
     assert plan.address == "tcp://127.0.0.1:4321"
-    assert "tcp://0.0.0.0:4321" in plan.replicas[0].command
+    assert "tcp://0.0.0.0:4321" in plan.controller.command
 
 
 def test_services_understand_the_commands_that_are_planned(tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_services_understand_the_commands_that_are_planned(tmp_path: Path) -> No
         '[sft]\ndataset = "a"\nbatches = 1\nbatch_size = 1\nlr = 1e-3\n'
     )
     plan = plan_run(recipe(), tmp_path)
-    for replica in plan.replicas:
+    for replica in (plan.controller, *map(plan.replica, ("policy-0", "rollout-1", "evaluator-0"))):
         understood = parse_arguments(replica.role, replica.command[3:])
         assert understood.replica == replica.replica
         assert understood.run_folder == tmp_path

@@ -32,6 +32,7 @@ from shared.messages import (
     Grant,
     GroupReport,
     Lease,
+    Leaving,
     LoadState,
     MeshFailed,
     Position,
@@ -288,3 +289,19 @@ def test_a_mesh_that_this_replica_does_not_belong_to_is_answered_even_before_loa
 def test_the_end_of_the_run_and_a_drain_end_the_process_with_code_0(running: Running, order: AnyMessage) -> None:
     running.controller.tell(order)
     assert running.wait() == EXIT_DONE
+
+
+def test_asked_to_leave_it_tells_so_and_goes_when_it_is_drained(running: Running) -> None:
+    load(running)
+    assert running.service.leave()
+    running.controller.hear(Leaving)
+    assert running.code is None
+    running.controller.tell(Drain("nobody needs it"))
+    assert running.wait() == EXIT_DONE
+
+
+def test_before_there_is_a_model_or_asked_again_it_need_not_wait(running: Running) -> None:
+    assert not running.service.leave()
+    load(running)
+    assert running.service.leave()
+    assert not running.service.leave()

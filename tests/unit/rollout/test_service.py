@@ -18,6 +18,7 @@ from shared.messages import (
     Lease,
     LeaseRef,
     LeaseReturned,
+    Leaving,
     LoadState,
     MeshFailed,
     Position,
@@ -332,9 +333,21 @@ def test_a_drain_finishes_what_is_in_hand_takes_nothing_new_and_leaves(rig: Rig)
     assert rig.bus.leases == set()
 
 
-def test_stop_hands_everything_back_at_once(rig: Rig) -> None:
+def test_asked_to_stop_it_tells_so_finishes_what_is_in_hand_and_leaves(rig: Rig) -> None:
+    rig.ready()
+    rig.tell(Lease([rig.grant(1)]))
+    rig.service.stop()
+    rig.bus.inbox.append(Lease([rig.grant(2)]))
+    assert rig.service.run() == EXIT_DONE
+    assert len(rig.bus.of(Leaving)) == 1
+    assert [report.group for report in rig.bus.of(GroupReport)] == [1]
+    assert [(r.group, r.cause) for r in rig.bus.of(LeaseReturned)] == [(2, "handed_back")]
+
+
+def test_asked_a_second_time_it_hands_everything_back_at_once(rig: Rig) -> None:
     rig.ready()
     rig.tell(Lease([rig.grant(1), rig.grant(2)]))
+    rig.service.stop()
     rig.service.stop()
     assert rig.service.run() == EXIT_DONE
     assert [(r.group, r.cause) for r in rig.bus.of(LeaseReturned)] == [(1, "handed_back"), (2, "handed_back")]

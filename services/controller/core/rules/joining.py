@@ -254,9 +254,10 @@ def _distrust(turn: Turn, replica: Replica) -> None:
     """What it holds is not what it should: it forgets that, and joins again."""
     state, step = turn.state, turn.state.steps.step
     state.fleet.hold(replica, None)
-    state.fleet.move(replica, "loading", state.now)
-    replica.doubtful = True
-    replica.deadline = state.now + turn.recipe.timeouts.load_s
+    if replica.state != "draining":  # one that leaves takes it along
+        state.fleet.move(replica, "loading", state.now)
+        replica.doubtful = True
+        replica.deadline = state.now + turn.recipe.timeouts.load_s
     if step is not None and replica.name in step.shares:
         if step.state == "computing":
             abort_step(turn, f"{replica.name} holds another state than the others")

@@ -13,6 +13,15 @@ from shared.messages import DatasetIdentity, Sampling
 
 def round_due(turn: Turn) -> Why | None:
     """Why the run wants a verdict now; None when it doesn't."""
+    why = _scheduled(turn)
+    state = turn.state
+    if why is None and state.steering.evaluate and state.stages.name in ("sft", "train"):
+        return None if state.evaluation.judged(state.lineage, state.version) else "asked"
+    return why
+
+
+def _scheduled(turn: Turn) -> Why | None:
+    """Why the recipe wants a verdict now."""
     state, table = turn.state, turn.recipe.evaluation
     if table is None or state.stages.name == "over":
         return None
@@ -26,7 +35,7 @@ def round_due(turn: Turn) -> Why | None:
         return None if known else "last"
     if done == 0:
         return None if known else "first"
-    return "periodic" if state.version - _last_judged(turn) >= table.every else None
+    return "periodic" if state.version - _last_judged(turn) >= _every(turn) else None
 
 
 def gating_round_due(turn: Turn) -> bool:
@@ -35,7 +44,9 @@ def gating_round_due(turn: Turn) -> bool:
     In a deterministic run every round is gating, so that the same versions are judged whoever is interrupted.
     """
     why = round_due(turn)
-    return why is not None and (why != "periodic" or turn.recipe.run.deterministic)
+    # during SFT rollouts get weights for gating rounds alone, so that what a person asks for must be one
+    waits = why not in ("periodic", "asked") or (why == "asked" and turn.state.stages.name == "sft")
+    return why is not None and (waits or turn.recipe.run.deterministic)
 
 
 def open_round(turn: Turn) -> bool:
@@ -51,9 +62,9 @@ def open_round(turn: Turn) -> bool:
     ):
         return False
     version = state.fleet.newest_ready(turn.recipe.judge, state.lineage)
-    if version is None or (why != "periodic" and version != state.version):
+    if version is None or (gating_round_due(turn) and version != state.version):
         return False
-    if why == "periodic" and version - _last_judged(turn) < table.every:
+    if why == "periodic" and version - _last_judged(turn) < _every(turn):
         return False  # the judges are about to get newer weights
     datasets = {suite: state.fleet.datasets.get(table.dataset(suite)) for suite in table.suites}
     if state.evaluation.judged(state.lineage, version):
@@ -62,6 +73,7 @@ def open_round(turn: Turn) -> bool:
     if len(known) < len(datasets):
         return False
     rows = {suite: min(table.suites[suite].problems, dataset.length) for suite, dataset in known.items()}
+    state.steering.evaluate = False
     state.evaluation.round = Round(state.lineage, version, state.stages.name, why, state.now, rows)
     for suite, dataset in known.items():
         _draw_rows(turn, suite, table.suites[suite], dataset, rows[suite])
@@ -160,6 +172,11 @@ def _figures(of: Verdict | Tally) -> dict[str, object]:
         "accuracy": of.correct / of.n,
         "interval": list(wilson_interval(of.correct, of.n)),
     }
+
+
+def _every(turn: Turn) -> int:
+    """Batches between evaluations."""
+    return turn.state.hyperparameters.whole("evaluation.every")
 
 
 def _last_judged(turn: Turn) -> int:

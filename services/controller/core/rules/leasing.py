@@ -201,6 +201,7 @@ def grant(turn: Turn, group: Group) -> Grant:
         version=group.version,
         deadline_s=max(group.deadline - turn.state.now, 0.0),
         suite=group.suite,
+        reward_weights=turn.state.hyperparameters.reward_weights(group.revision) if group.purpose == "train" else {},
     )
 
 

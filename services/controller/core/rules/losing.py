@@ -35,6 +35,14 @@ def lose(turn: Turn, replica: Replica, cause: str, *, left: bool = False) -> Non
         state.lineages.saving = None
 
 
+def ask_to_leave(turn: Turn, replica: Replica, cause: str) -> None:
+    """Somebody wants this live replica to go; `draining.drain_replicas` sees to it."""
+    if replica.state == "joining":  # not all of its ranks are there, nobody has work for it
+        lose(turn, replica, cause)
+    elif replica.state != "draining":
+        turn.state.fleet.leaving.setdefault(replica.name, cause)
+
+
 def roll_back_if_orphaned(turn: Turn) -> bool:
     """When a policy is there to go on but none holds the committed state: a new lineage at the last checkpoint."""
     state = turn.state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.controller.core.lineages import SavePoint
 from services.controller.core.outcome import Discarded, EndRun, Finished, FreeSpool, Settled, StageBegan
+from services.controller.core.rules.draining import somebody_hands_over
 from services.controller.core.rules.joining import compare_states
 from services.controller.core.rules.judging import drop_round
 from services.controller.core.rules.leasing import end_group
@@ -35,12 +36,20 @@ def turn_stage(turn: Turn) -> bool:
 
 
 def save_regularly(turn: Turn) -> bool:
-    """A checkpoint every so many batches."""
+    """A checkpoint every so many batches, when a person asks for one, and before the only policy leaves."""
     state = turn.state
-    if state.stages.name not in ("sft", "train") or state.stages.outcome or not _idle(turn):
+    if state.stages.name == "over" or state.stages.outcome or not _idle(turn):
+        return False
+    if state.lineages.settled == state.lineages.committed:
+        state.steering.checkpoint = False
         return False
     due = state.version - state.lineages.settled.version >= state.hyperparameters.whole("checkpoint.every")
-    return due and state.lineages.failed != state.lineages.committed and _save(turn, export=False)
+    due = due and state.stages.name != "closing" and state.lineages.failed != state.lineages.committed
+    asked = state.steering.checkpoint or somebody_hands_over(turn)
+    if not (due or asked) or not _save(turn, export=False):
+        return False
+    state.steering.checkpoint = False
+    return True
 
 
 def close_run(turn: Turn) -> bool:

@@ -232,9 +232,10 @@ def revoke_mesh(turn: Turn, epoch: int, cause: str, *, failed: bool) -> None:
 
 
 def _release(turn: Turn, edge: Edge) -> None:
-    """An edge is over: both ends are candidates again."""
+    """An edge is over: both ends are candidates again, or may leave, if that was what they waited for."""
     for name in (edge.source, edge.receiver):
         consider(turn, turn.state.fleet.replicas[name])
+        turn.concerned.add(name)
 
 
 def consider(turn: Turn, replica: Replica) -> None:

@@ -14,6 +14,7 @@ from services.controller.core.events import Spooled
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group, GroupState
 from services.controller.core.outcome import Aborted, Assigned, Committed, Consumed, Discarded, RecordMetrics, Revised
+from services.controller.core.rules.draining import somebody_hands_over
 from services.controller.core.rules.judging import gating_round_due
 from services.controller.core.rules.members import begin_transfer, member, step_members, undecided
 from services.controller.core.rules.mustering import mustered
@@ -58,6 +59,8 @@ def form_batch(turn: Turn) -> bool:
     if state.steps.batch is not None or state.steps.step is not None or state.stages.stopping or state.stages.outcome:
         return False
     if state.stages.name not in ("sft", "train") or gating_round_due(turn):
+        return False
+    if state.steering.paused or somebody_hands_over(turn):
         return False
     if state.steps.pending:
         state.steps.batch = state.steps.pending.pop(0)
@@ -119,8 +122,8 @@ def begin_step(turn: Turn) -> bool:
     if found is None:
         return False
     members, mesh = found
-    for changes in state.hyperparameters.advance(state.lineages.committed.step):
-        turn.fact(Revised(state.hyperparameters.revision, state.lineages.committed.step, changes))
+    for revision in state.hyperparameters.advance(state.lineages.committed.step, state.now):
+        turn.fact(Revised(revision.revision, revision.step, revision.changes))
     groups = [turn.group(number) for number in batch.plan[batch.index]]
     state.steps.begin(
         Step(
@@ -225,15 +228,27 @@ def abort_step(turn: Turn, cause: str) -> None:
 
 
 def commit_step(turn: Turn) -> bool:
-    """Commit when all have voted yes and the new version would leave no live token behind the bound."""
+    """Commit when all have voted yes and the new version would leave no live token behind the bound.
+
+    A group that is still sampled is waited for. A reported one can only be too old when the bound was lowered since its
+    batch, or the one in hand, was formed: it is of no use any more.
+    """
     state, batch, step = turn.state, turn.state.steps.batch, turn.state.steps.step
     if batch is None or step is None or step.state != "computing" or not all(step.votes.get(n) for n in step.shares):
         return False
     if undecided(turn):
         return False
     last = batch.index + 1 == len(batch.plan)
-    if last and batch.stage == "train" and _too_old(turn, state.version + 1 - batch.bound):
-        return False
+    if last and batch.stage == "train":
+        least = state.version + 1 - turn.bound
+        running = state.ledger.oldest("leased", "train")
+        if running is not None and running < least:
+            return False
+        waiting = state.ledger.oldest("reported", "train")
+        if waiting is not None and waiting < least:
+            for group in state.ledger.having("reported", "train"):
+                if group.oldest < least:
+                    _discard_stale(turn, group)
     state.steps.commit()
     state.joining.torn = None
     turn.fact(Committed(state.lineage, step.step, step.attempt, state.version))
@@ -293,6 +308,7 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
         "sync_seconds": state.weights.last_seconds,
         "sync_bytes": state.weights.last_bytes,
     }
+    line |= {f"set/{name}": value for name, value in state.hyperparameters.changed.items()}
     line |= {f"groups/{kind}": state.ledger.count(kind, batch.stage) for kind in WAITING}
     if batch.stage == "train":
         of_all, of_batch = state.ledger.take_reward(), sum(rewards) / len(rewards)
@@ -337,11 +353,6 @@ def _share(groups: list[Group], members: list[Replica]) -> dict[str, list[int]]:
         shares[lightest].append(group.id)
         load[lightest] += len(group.lengths) * group.prompt_length + sum(group.lengths)
     return {name: sorted(numbers) for name, numbers in shares.items()}
-
-
-def _too_old(turn: Turn, least: int) -> bool:
-    ages = (turn.state.ledger.oldest("leased", "train"), turn.state.ledger.oldest("reported", "train"))
-    return any(age is not None and age < least for age in ages)
 
 
 def _filtered(turn: Turn) -> list[Group]:
