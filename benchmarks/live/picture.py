@@ -1,0 +1,130 @@
+"""A run over time as a picture: its pace, and below it a lane for each process, with marks where something was done.
+
+A lane is grey while a process starts (Python, imports), light while a replica loads or waits for weights, full while
+it works, and empty while there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.live.run import ServiceProcess
+from benchmarks.live.timeline import Timeline
+
+STARTING, JOINED, WORKING = "#b0b0b0", "#f3c98b", "#4c9f70"
+BIN_S = 5.0
+ORDER = ("controller", "policy", "rollout", "evaluator")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that was done `at` a time to a replica ("": to the run), until then (equal to `at`: at once)."""
+
+    at: float
+    until: float
+    replica: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a lane, from `start` to `end`, in one colour."""
+
+    replica: str
+    start: float
+    end: float
+    colour: str
+
+
+def spans(timeline: Timeline, processes: Sequence[ServiceProcess], end: float) -> list[Span]:
+    """The stretches of every lane. A process that never registered is one that starts until the next one does."""
+    found = []
+    for index, process in enumerate(processes):
+        following = [
+            p.started for p in processes[index + 1 :] if (p.replica, p.rank) == (process.replica, process.rank)
+        ]
+        until = min([*following, end])
+        if process.replica == "controller":
+            began = next((at for at, _ in timeline.terms if process.started <= at <= until), until)
+            found += [
+                Span(process.replica, process.started, began, STARTING),
+                Span(process.replica, began, until, WORKING),
+            ]
+            continue
+        lives = [life for life in timeline.lives if life.replica == process.replica]
+        own = [life for life in lives if process.started <= life.joined <= until]
+        joined = own[0].joined if own else until
+        found.append(Span(process.replica, process.started, joined, STARTING))
+        for life in own:
+            gone = min(until if life.gone is None else life.gone, until)
+            working = gone if life.working is None else min(life.working, gone)
+            found += [Span(life.replica, life.joined, working, JOINED), Span(life.replica, working, gone, WORKING)]
+    return [span for span in found if span.end > span.start]
+
+
+def pace(lines: Sequence[Mapping[str, Any]], name: str, began: float) -> tuple[list[float], list[float]]:
+    """(seconds since `began`, a second) of a count in stretches of BIN_S: "steps", "samples" or "tokens"."""
+    counts: dict[int, float] = {}
+    before = began
+    for line in lines:
+        elapsed, before = line["time"] - before, line["time"]
+        value = {"steps": 1.0, "samples": line["samples_per_s"] * elapsed, "tokens": float(line["tokens"])}[name]
+        place = int((line["time"] - began) / BIN_S)
+        counts[place] = counts.get(place, 0.0) + value
+    last = max(counts, default=0)
+    return [(i + 0.5) * BIN_S for i in range(last + 1)], [counts.get(i, 0.0) / BIN_S for i in range(last + 1)]
+
+
+def draw(
+    title: str,
+    timeline: Timeline,
+    processes: Sequence[ServiceProcess],
+    lines: Sequence[Mapping[str, Any]],
+    marks: Sequence[Mark],
+    undisturbed: Mapping[str, float],
+    path: Path,
+) -> None:
+    """Write the picture to `path`. `undisturbed` has steps a second by stage, drawn where that stage was trained."""
+    matplotlib.use("Agg")
+    began = min(process.started for process in processes)
+    names = sorted({p.replica for p in processes}, key=lambda name: (ORDER.index(name.split("-")[0]), name))
+    figure = Figure(figsize=(12, 3.0 + 0.32 * len(names)), dpi=110, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.4 + 0.32 * len(names)])
+    above.set_title(title, fontsize=10)
+    above.plot(*pace(lines, "steps", began), linewidth=1.2, color="C0", label="committed steps a second")
+    for stage, steps_per_s in undisturbed.items():
+        times = [line["time"] - began for line in lines if line["stage"] == stage]
+        if times:
+            above.hlines(steps_per_s, times[0], times[-1], color="C1", linewidth=1.2, label=f"undisturbed, {stage}")
+    above.set_ylim(bottom=0)
+    above.legend(fontsize=8, loc="upper right")
+    for span in spans(timeline, processes, timeline.ended):
+        below.barh(
+            names.index(span.replica), span.end - span.start, left=span.start - began, color=span.colour, height=0.7
+        )
+    for mark in marks:
+        for axis in (above, below):
+            axis.axvline(mark.at - began, color="#c0392b", linewidth=0.7, alpha=0.6)
+        if mark.replica in names:
+            lane = names.index(mark.replica)
+            if mark.until > mark.at:
+                below.barh(lane, mark.until - mark.at, left=mark.at - began, height=0.35, color="#c0392b", alpha=0.55)
+            below.plot(mark.at - began, lane, marker="x", color="#c0392b", markersize=7)
+        above.annotate(
+            mark.label, (mark.at - began, 1.0), xycoords=("data", "axes fraction"), fontsize=7, rotation=90,
+            ha="right", va="top",
+        )  # fmt: skip
+    for colour, label in ((STARTING, "process starts"), (JOINED, "registered, loads"), (WORKING, "works")):
+        below.barh(0, 0, color=colour, label=label)
+    below.legend(fontsize=8, loc="lower right", ncols=3)
+    below.set_yticks(range(len(names)), names, fontsize=8)
+    below.invert_yaxis()
+    below.set_xlabel("seconds since the first process was started", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
