@@ -24,7 +24,7 @@ import msgspec
 from benchmarks.live.goodput import goodput, paces, read_metrics
 from benchmarks.live.picture import Mark, draw
 from benchmarks.live.recipe import add_options, describe, fleet_of
-from benchmarks.live.run import LiveRun, ServiceProcess
+from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import Timeline, read_timeline
 from benchmarks.live.verdict import Verdict, judge
 from benchmarks.live.watch import Watch
@@ -60,6 +60,7 @@ class Done:
 def main() -> int:
     """Undisturbed run, killed run, report."""
     given = _options()
+    leave_nothing_behind()
     folder = (
         given.collect or given.folder or ROOT / "runs" / time.strftime("controller-kills-%Y%m%d-%H%M%S")
     ).absolute()

@@ -23,7 +23,7 @@ import msgspec
 from benchmarks.live.goodput import newest, read_metrics
 from benchmarks.live.picture import Mark, draw
 from benchmarks.live.recipe import add_options, fleet_of
-from benchmarks.live.run import LiveRun, ServiceProcess
+from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import Life, Timeline, read_timeline
 from benchmarks.live.verdict import judge
 from benchmarks.live.watch import Watch
@@ -64,6 +64,7 @@ class Phase:
 def main() -> int:
     """One run, report."""
     given = _options()
+    leave_nothing_behind()
     folder = (given.collect or given.folder or ROOT / "runs" / time.strftime("elastic-%Y%m%d-%H%M%S")).absolute()
     kept = folder / "run.json"
     if given.collect is None:

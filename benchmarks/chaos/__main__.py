@@ -28,7 +28,7 @@ from benchmarks.chaos.schedule import KINDS, Kind, make_schedule
 from benchmarks.live.goodput import Pace, goodput, paces, read_metrics
 from benchmarks.live.picture import Mark, draw
 from benchmarks.live.recipe import add_options, describe, fleet_of
-from benchmarks.live.run import LiveRun, ServiceProcess
+from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import read_timeline
 from benchmarks.live.verdict import judge
 from benchmarks.live.watch import Watch
@@ -55,6 +55,7 @@ class Done:
 def main() -> int:
     """Undisturbed run, one run a seed, report."""
     given = _options()
+    leave_nothing_behind()
     folder = (given.collect or given.folder or ROOT / "runs" / time.strftime("chaos-%Y%m%d-%H%M%S")).absolute()
     overrides = fleet_of(given)
     recipe = load_recipe(given.recipe, overrides)

@@ -46,7 +46,7 @@ def judge(folder: Path, timeline: Timeline) -> Verdict:
     if audit.outcome != "complete":
         faults.append(f"the run is {audit.outcome}, not complete")
     faults += missing_steps(recipe, steps)
-    faults += unequal_policies(timeline)
+    faults += unequal_policies(timeline, recipe.policy.replicas, len(steps))
     return Verdict(
         steps=dict(counts),
         trained=len({group for moment in timeline.of("consumed") for group in moment.fact["groups"]}),
@@ -76,11 +76,15 @@ def missing_steps(recipe: Recipe, steps: Sequence[Mapping[str, Any]]) -> list[st
     return faults
 
 
-def unequal_policies(timeline: Timeline) -> list[str]:
-    """Comparisons of the policies' states, at each checkpoint, that found another digest than the writer's."""
-    return [
-        f"at step {moment.fact['step']} these policies were not equal to the others: "
-        f"{', '.join(moment.fact['different'])}"
-        for moment in timeline.of("compared")
-        if moment.fact["different"]
+def unequal_policies(timeline: Timeline, replicas: int, steps: int) -> list[str]:
+    """What speaks against the policies being equal at each checkpoint, and all of them at the end, after `steps`."""
+    comparisons = [moment.fact for moment in timeline.of("compared")]
+    faults = [
+        f"at step {fact['step']} these policies were not equal to the others: {', '.join(fact['different'])}"
+        for fact in comparisons
+        if fact["different"]
     ]
+    last = max((len(fact["digests"]) for fact in comparisons if fact["step"] == steps), default=1)
+    if last < replicas:
+        faults.append(f"expected {replicas} policies to be compared after the last step, got {last}")
+    return faults

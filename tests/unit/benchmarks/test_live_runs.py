@@ -119,9 +119,18 @@ def test_each_phase_has_the_pace_between_its_scalings() -> None:
 
 def test_policies_that_a_checkpoint_found_different_are_named() -> None:
     story = Story().compared(1.0, 10, {"policy-0": "a", "policy-1": "a"})
-    assert unequal_policies(story.timeline()) == []
+    assert unequal_policies(story.timeline(), 2, 10) == []
     story.compared(2.0, 20, {"policy-0": "a", "policy-1": "b"}, "policy-1")
-    assert unequal_policies(story.timeline()) == ["at step 20 these policies were not equal to the others: policy-1"]
+    assert unequal_policies(story.timeline(), 2, 20) == [
+        "at step 20 these policies were not equal to the others: policy-1"
+    ]
+
+
+def test_all_policies_must_have_been_compared_after_the_last_step() -> None:
+    story = Story().compared(1.0, 10, {"policy-0": "a", "policy-1": "a"})
+    (fault,) = unequal_policies(story.timeline(), 2, 20)
+    assert fault == "expected 2 policies to be compared after the last step, got 1"
+    assert unequal_policies(Story().timeline(), 1, 20) == []
 
 
 def test_a_lane_tells_starting_loading_and_working_apart() -> None:
