@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, ROOT, describe_machine, load_average, write_results
-from deploy.cli.evaluations import Evaluation, before_and_after, read_evaluations
+from deploy.readers.evaluations import Evaluation, before_and_after, read_evaluations
 from shared.config import Recipe, load_recipe
 
 Z95 = 1.959963984540054

@@ -14,8 +14,8 @@ import typer
 from rich.markup import escape
 
 from deploy.cli import console
-from deploy.cli.follow import LineFollower
 from deploy.cli.runs import RunArgument, find_run
+from deploy.readers.lines import LineFollower
 
 _LEVELS = {"debug": "dim", "info": "green", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 _COLOURS = ("cyan", "magenta", "blue", "green", "yellow", "bright_cyan", "bright_magenta")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import console
-from deploy.cli.evaluations import Evaluation, read_evaluations
-from deploy.cli.follow import LineFollower
 from deploy.cli.live.sources import StageView
+from deploy.readers.evaluations import Evaluation, read_evaluations
+from deploy.readers.lines import LineFollower
 
 _PLAIN_EVERY_S = 5.0
 

@@ -11,7 +11,7 @@ from deploy.cli import console
 from deploy.cli.runs import RunArgument, find_run
 
 if TYPE_CHECKING:
-    from deploy.report.samples import Sample
+    from deploy.readers.samples import Sample
 
 
 def samples(
@@ -24,7 +24,7 @@ def samples(
     held_out: Annotated[bool, typer.Option("--held-out", help="answers to held-out problems")] = False,
 ) -> None:
     """Show sampled answers with their rewards: the newest ones, or the best, or the worst."""
-    from deploy.report.samples import newest, read_samples, trained_on
+    from deploy.readers.samples import newest, read_samples, trained_on
 
     if best and worst:
         raise typer.BadParameter("give --best or --worst, not both")

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.markup import escape
 
 from deploy.cli import console
-from deploy.cli.follow import LineFollower
 from deploy.cli.live.display import Display
 from deploy.cli.report import summarise
 from deploy.local import RunLock, Supervisor, plan_run
 from deploy.local.plan import RunPlan
 from deploy.local.supervisor import Deadlines
 from deploy.metrics import MetricsWriters
+from deploy.readers.lines import LineFollower
 from shared.config import Recipe
 from shared.telemetry import configure_logging, get_logger
 

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from deploy.cli.evaluations import read_evaluations
-from deploy.cli.follow import LineFollower
-from deploy.metrics.figures import Line, StepOfVersion, Verdict
+from deploy.readers.evaluations import read_evaluations
+from deploy.readers.figures import Line, StepOfVersion, Verdict
+from deploy.readers.lines import LineFollower
 from shared.config import Recipe
 
 LOOK_S = 1.0

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from deploy.metrics.figures import Line, Verdict, figures
+from deploy.readers.figures import Line, Verdict, figures
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import GaugeMetricFamily

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.metrics.figures import Line, Verdict, figures
+from deploy.readers.figures import Line, Verdict, figures
 
 FLUSH_S = 5
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deploy.metrics.figures import Line, Verdict, figures
+from deploy.readers.figures import Line, Verdict, figures
 from shared.config.schema import WandbTable
 
 

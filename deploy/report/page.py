@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from deploy.readers.samples import Sample
 from deploy.report.hints import hints
-from deploy.report.samples import Sample
 from deploy.report.story import Story, typical
 from deploy.report.words import stage_lines
 

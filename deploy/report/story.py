@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.evaluations import Evaluation, before_and_after, read_evaluations
-from deploy.metrics.figures import StepOfVersion, Verdict, seconds_by_role
-from deploy.report.samples import Sample, newest, read_samples
+from deploy.readers.evaluations import Evaluation, before_and_after, read_evaluations
+from deploy.readers.figures import StepOfVersion, Verdict, seconds_by_role
+from deploy.readers.samples import Sample, newest, read_samples
 from shared.config import Recipe, load_recipe
 
 Line = dict[str, Any]

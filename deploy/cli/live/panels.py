@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deploy.cli.live.sources import Picture
 from deploy.cli.live.sparklines import sparkline
-from deploy.metrics.figures import seconds_by_role
+from deploy.readers.figures import seconds_by_role
 from deploy.report.words import duration
 
 KINDS = (

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.evaluations import Evaluation, read_evaluations
-from deploy.cli.follow import LineFollower
+from deploy.readers.evaluations import Evaluation, read_evaluations
+from deploy.readers.figures import Line
+from deploy.readers.lines import LineFollower
 from shared.messages import Status, StatusRequest
 
 HISTORY = 4000
 """Lines of metrics.jsonl that are remembered; the sparklines of a longer run show its last part."""
 ASK_S = 1.0
 """How long the controller is waited for; it is on this machine and answers at once, or is not there."""
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)

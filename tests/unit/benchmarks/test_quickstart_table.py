@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quickstart_table import Z95, answers, paired_gain, unpaired_gain
-from deploy.cli.evaluations import Evaluation
+from deploy.readers.evaluations import Evaluation
 
 
 def verdict(correct: int, n: int = 100, version: int = 5) -> Evaluation:

@@ -16,7 +16,7 @@ from deploy.cli.live.panels import view
 from deploy.cli.live.sources import Picture, Sources
 from deploy.cli.live.sparklines import sparkline
 from deploy.cli.progress import PlainProgress
-from deploy.metrics.figures import seconds_by_role
+from deploy.readers.figures import seconds_by_role
 from deploy.report.words import duration
 from tests.unit.deploy.runs import line, make_run, write_lines
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli.evaluations import read_evaluations
 from deploy.metrics import MetricsWriters
-from deploy.metrics.figures import StepOfVersion, figures
 from deploy.metrics.follow import Follower
 from deploy.metrics.prometheus import PrometheusWriter
 from deploy.metrics.tensorboard import TensorBoardWriter
+from deploy.readers.evaluations import read_evaluations
+from deploy.readers.figures import StepOfVersion, figures
 from shared.config import load_recipe
 from shared.config.schema import WandbTable
 from tests.unit.deploy.runs import RECIPE, line, make_run, write_lines, write_verdict

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from deploy.cli.report import summarise
+from deploy.readers.samples import newest, read_samples
 from deploy.report.curves import smoothed
 from deploy.report.hints import hints, slope
 from deploy.report.make import make_report
-from deploy.report.samples import newest, read_samples
 from deploy.report.story import Stage, Story, read_story, typical
 from deploy.report.words import stage_lines
 from tests.unit.deploy.runs import line, make_run, write_group, write_lines, write_verdict

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import logs as logs_command
-from deploy.cli.evaluations import before_and_after, read_evaluations
-from deploy.cli.follow import LineFollower
 from deploy.cli.progress import RunView, numbers
+from deploy.readers.evaluations import before_and_after, read_evaluations
+from deploy.readers.lines import LineFollower
 
 
 def evaluation(folder: Path, lineage: int, version: int, stage: str, why: str, correct: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.cli.evaluations import Evaluation
+from deploy.readers.evaluations import Evaluation
 
 NOT_FIGURES = frozenset({"time", "step", "stage", "batches", "batch"})
 """Keys of a metrics line that say where it is, and not what was measured."""

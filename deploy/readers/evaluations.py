@@ -17,7 +17,7 @@ class Evaluation:
     version: int
     stage: str
     n: int
-    correct: int
+    correct: float
     low: float
     high: float
     why: str
