@@ -71,7 +71,7 @@ def main() -> int:
         "fleet": describe(given.policies, given.rollouts, given.evaluators),
         "every_s": given.every,
         "paces": {stage: pace.steps_per_s for stage, pace in undisturbed.items()},
-        "seeds": [asdict(it) | {"median_apart_s": median_apart(it.recoveries)} for it in seeds],
+        "seeds": [asdict(it) | {"medians_apart_s": _medians(it)} for it in seeds],
     }
     write_results(given.results, "chaos", result, as_markdown(result, seeds))
     print(f"the runs are in {folder}")
@@ -130,6 +130,10 @@ def _report(folder: Path, path: Path, undisturbed: Mapping[str, Pace], results: 
         results / f"chaos-{done.seed}.png",
     )
     return report
+
+
+def _medians(it: SeedReport) -> dict[str, float | None]:
+    return {"kill": median_apart(it.recoveries, ["kill"]), "all": median_apart(it.recoveries)}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.chaos.inject import Delivered
+from benchmarks.chaos.schedule import KINDS, Kind
 from benchmarks.live.run import ServiceProcess
 from benchmarks.live.timeline import Timeline
 
@@ -33,6 +34,7 @@ class Recovery:
     """
 
     name: str
+    kind: Kind
     at: float
     detect_s: float | None
     restart_s: float | None
@@ -52,9 +54,9 @@ def recoveries(
     return [_recovery(done, end, timeline, processes) for done, end in zip(delivered, ends, strict=True)]
 
 
-def median_apart(found: Sequence[Recovery]) -> float | None:
+def median_apart(found: Sequence[Recovery], kinds: Sequence[Kind] = (*KINDS, "cut")) -> float | None:
     """The median time to the next committed step, restarts apart, over the faults after which one came."""
-    values = [recovery.apart_s for recovery in found if recovery.apart_s is not None]
+    values = [it.apart_s for it in found if it.kind in kinds and it.apart_s is not None]
     return statistics.median(values) if values else None
 
 
@@ -83,6 +85,7 @@ def _recovery(done: Delivered, end: float, timeline: Timeline, processes: Sequen
     rolled_back = bool(timeline.of("rolled_back", at, end))
     return Recovery(
         name=done.name,
+        kind=done.fault.kind,
         at=at,
         detect_s=_since(at, detected),
         restart_s=restart,

@@ -17,8 +17,9 @@ LEGEND = (
     '"-": it was back before anybody gave it up. *Restart*: from the start of the new process until it registered: '
     "Python and its imports. *Re-mesh*: forming the first process group that the replica was in again. *Redo*: from "
     "the abort of the step in hand (or the rollback, marked R) until that step was committed. *Next commit*: from the "
-    "fault until the next committed step; *restart apart*: the same without the restart, where training had to wait "
-    "for it. *Back in work*: until the replica was given work again."
+    "fault (the beginning of a stop or partition) until the next committed step; *restart apart*: the same without the "
+    "restart, where training had to wait for it; the first table has its medians. *Back in work*: until the replica "
+    "was given work again."
 )
 
 
@@ -50,17 +51,18 @@ def as_markdown(result: dict[str, Any], seeds: Sequence[SeedReport]) -> str:
         f"`{result['recipe']}` with {result['fleet']}, a fault about every {result['every_s']:g} s. "
         f"Undisturbed, in the same invocation: {stages}.",
         "",
-        "| seed | faults | goodput | median to next commit, restart apart | steps | rollbacks | policies compared "
-        "| came through |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seed | faults | goodput | from kill to next commit, restart apart | the same, all faults | steps "
+        "| rollbacks | policies compared | came through |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for it in seeds:
-        verdict, median = it.verdict, median_apart(it.recoveries)
+        verdict = it.verdict
+        kills, all_of_them = _seconds(median_apart(it.recoveries, ["kill"])), _seconds(median_apart(it.recoveries))
         compared = (
             f"{verdict.comparisons} times, up to {verdict.compared} at once" if verdict.comparisons else "one only"
         )
         lines.append(
-            f"| {it.seed} | {len(it.recoveries)} | {100 * it.goodput:.0f} % | {_seconds(median)} s | "
+            f"| {it.seed} | {len(it.recoveries)} | {100 * it.goodput:.0f} % | {kills} s | {all_of_them} s | "
             f"{sum(verdict.steps.values())} | {verdict.rollbacks} | {compared} | {'no' if it.faults else 'yes'} |"
         )
     for it in seeds:

@@ -68,17 +68,16 @@ def spans(timeline: Timeline, processes: Sequence[ServiceProcess], end: float) -
     return [span for span in found if span.end > span.start]
 
 
-def pace(lines: Sequence[Mapping[str, Any]], name: str, began: float) -> tuple[list[float], list[float]]:
-    """(seconds since `began`, a second) of a count in stretches of BIN_S: "steps", "samples" or "tokens"."""
-    counts: dict[int, float] = {}
-    before = began
+def pace(
+    lines: Sequence[Mapping[str, Any]], undisturbed: Mapping[str, float], began: float
+) -> tuple[list[float], list[float]]:
+    """(seconds since `began`, pace) in stretches of BIN_S: steps a second, over the undisturbed ones if given."""
+    sums: dict[int, float] = {}
     for line in lines:
-        elapsed, before = line["time"] - before, line["time"]
-        value = {"steps": 1.0, "samples": line["samples_per_s"] * elapsed, "tokens": float(line["tokens"])}[name]
         place = int((line["time"] - began) / BIN_S)
-        counts[place] = counts.get(place, 0.0) + value
-    last = max(counts, default=0)
-    return [(i + 0.5) * BIN_S for i in range(last + 1)], [counts.get(i, 0.0) / BIN_S for i in range(last + 1)]
+        sums[place] = sums.get(place, 0.0) + 1 / undisturbed.get(line["stage"], 1.0)
+    last = max(sums, default=0)
+    return [(i + 0.5) * BIN_S for i in range(last + 1)], [sums.get(i, 0.0) / BIN_S for i in range(last + 1)]
 
 
 def draw(
@@ -90,20 +89,19 @@ def draw(
     undisturbed: Mapping[str, float],
     path: Path,
 ) -> None:
-    """Write the picture to `path`. `undisturbed` has steps a second by stage, drawn where that stage was trained."""
+    """Write the picture to `path`. `undisturbed` has steps a second by stage: the pace is told as a share of them."""
     matplotlib.use("Agg")
     began = min(process.started for process in processes)
     names = sorted({p.replica for p in processes}, key=lambda name: (ORDER.index(name.split("-")[0]), name))
     figure = Figure(figsize=(12, 3.0 + 0.32 * len(names)), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.4 + 0.32 * len(names)])
     above.set_title(title, fontsize=10)
-    above.plot(*pace(lines, "steps", began), linewidth=1.2, color="C0", label="committed steps a second")
-    for stage, steps_per_s in undisturbed.items():
-        times = [line["time"] - began for line in lines if line["stage"] == stage]
-        if times:
-            above.hlines(steps_per_s, times[0], times[-1], color="C1", linewidth=1.2, label=f"undisturbed, {stage}")
+    label = "committed steps, share of the undisturbed pace" if undisturbed else "committed steps a second"
+    above.plot(*pace(lines, undisturbed, began), linewidth=1.2, color="C0")
+    above.set_ylabel(label, fontsize=8)
+    if undisturbed:
+        above.axhline(1.0, color="C1", linewidth=1.0)
     above.set_ylim(bottom=0)
-    above.legend(fontsize=8, loc="upper right")
     for span in spans(timeline, processes, timeline.ended):
         below.barh(
             names.index(span.replica), span.end - span.start, left=span.start - began, color=span.colour, height=0.7
@@ -122,7 +120,7 @@ def draw(
         )  # fmt: skip
     for colour, label in ((STARTING, "process starts"), (JOINED, "registered, loads"), (WORKING, "works")):
         below.barh(0, 0, color=colour, label=label)
-    below.legend(fontsize=8, loc="lower right", ncols=3)
+    below.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1.0, -0.12), ncols=3, frameon=False)
     below.set_yticks(range(len(names)), names, fontsize=8)
     below.invert_yaxis()
     below.set_xlabel("seconds since the first process was started", fontsize=9)
