@@ -96,12 +96,12 @@ def draw(
     figure = Figure(figsize=(12, 3.0 + 0.32 * len(names)), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.4 + 0.32 * len(names)])
     above.set_title(title, fontsize=10)
-    label = "committed steps, share of the undisturbed pace" if undisturbed else "committed steps a second"
-    above.plot(*pace(lines, undisturbed, began), linewidth=1.2, color="C0")
-    above.set_ylabel(label, fontsize=8)
+    times, values = pace(lines, undisturbed, began)
+    above.plot(times, values, linewidth=1.2, color="C0")
+    above.set_ylabel("pace (1: undisturbed)" if undisturbed else "steps a second", fontsize=9)
     if undisturbed:
         above.axhline(1.0, color="C1", linewidth=1.0)
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, 1.4 * max([*values, 1e-9]))  # the labels of the marks stand above the curve
     for span in spans(timeline, processes, timeline.ended):
         below.barh(
             names.index(span.replica), span.end - span.start, left=span.start - began, color=span.colour, height=0.7
