@@ -1,6 +1,6 @@
 """`python -m benchmarks.elastic` (`make elastic`): a run grows and shrinks while it trains.
 
-Begins with one policy and one rollout, is scaled to `--most` of each by `orrery scale` after a third of its batches and
+Begins with one policy and one rollout, is scaled to three of each by `orrery scale` after a third of its batches and
 back to one of each after another third; nobody waits for anything. Draws throughput and membership over time, and
 tells the pace with each fleet. Ends with 0 when the run did all its steps, with clean books and equal policies, and
 had as many replicas at work as it was scaled to. Writes `results/elastic.{json,md}` and a picture.
@@ -84,7 +84,8 @@ def main() -> int:
 def scale_at_thirds(run: LiveRun, given: argparse.Namespace) -> list[Scaled]:
     """Grow after a third of the batches of RL, shrink after two."""
     scaled = []
-    for third, policies, rollouts in ((1, given.most, given.most), (2, given.policies, given.rollouts)):
+    plan = ((1, given.to_policies, given.to_rollouts), (2, given.policies, given.rollouts))
+    for third, policies, rollouts in plan:
         wanted = third * given.batches // 3
         deadline = time.monotonic() + given.limit
         while _trained(run) < wanted:
@@ -211,7 +212,8 @@ def _trained(run: LiveRun) -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description="A run that grows and shrinks.")
     add_options(parser, policies=1, rollouts=1, evaluators=0)
-    parser.add_argument("--most", type=int, default=3, help="policies, and rollouts, that the run grows to")
+    parser.add_argument("--to-policies", type=int, default=3, help="policies that the run grows to")
+    parser.add_argument("--to-rollouts", type=int, default=3, help="rollouts that the run grows to")
     parser.add_argument("--batches", type=int, default=240, help="batches of RL")
     parser.add_argument("--limit", type=float, default=1800.0, help="longest time for a third of the run, in seconds")
     parser.add_argument("--collect", type=Path, help="make the report of the run in this folder again")
