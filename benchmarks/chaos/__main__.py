@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,7 +62,8 @@ def main() -> int:
     recipe = load_recipe(given.recipe, overrides)
     if given.collect is None:
         _run_all(given, recipe, overrides, folder)
-    undisturbed = paces(read_metrics(folder / "undisturbed"))
+    lines = read_metrics(folder / "undisturbed")
+    undisturbed = paces(lines)
     seeds = [_report(folder, path, undisturbed, given.results) for path in sorted(folder.glob("seed-*.json"))]
     result = {
         "machine": describe_machine(),
@@ -71,6 +73,7 @@ def main() -> int:
         "fleet": describe(given.policies, given.rollouts, given.evaluators),
         "every_s": given.every,
         "paces": {stage: pace.steps_per_s for stage, pace in undisturbed.items()},
+        "undisturbed_pause_s": max(after["time"] - before["time"] for before, after in pairwise(lines)),
         "seeds": [asdict(it) | {"medians_apart_s": _medians(it)} for it in seeds],
     }
     write_results(given.results, "chaos", result, as_markdown(result, seeds))

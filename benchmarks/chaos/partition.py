@@ -13,12 +13,14 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.live.run import LiveRun
 
 LOOK_S = 0.1
+REMOVE_S = 10.0
 TOOLS = ("ip", "nft", "nsenter", "unshare", "mount")
 
 
@@ -66,11 +68,7 @@ class Namespace:
         self._done.set()
         for thread in self._threads:
             thread.join()
-        for group in self._groups.glob("*/"):
-            with contextlib.suppress(OSError):  # a process of it may be ending still
-                group.rmdir()
-        with contextlib.suppress(OSError):
-            self._groups.rmdir()
+        self._remove_groups()
         subprocess.run(["ip", "netns", "del", self._name], check=False)
 
     @property
@@ -105,6 +103,18 @@ class Namespace:
                 group.mkdir(exist_ok=True)
                 with contextlib.suppress(OSError):  # it has ended already
                     (group / "cgroup.procs").write_text(str(process.pid))
+
+    def _remove_groups(self) -> None:
+        """A group can go once the kernel has let go of its last process, a moment after that has ended."""
+        deadline = time.monotonic() + REMOVE_S
+        groups = [*self._groups.glob("*/"), self._groups] if self._groups.exists() else []
+        while groups and time.monotonic() < deadline:
+            try:
+                groups[0].rmdir()
+            except OSError:
+                time.sleep(LOOK_S)
+            else:
+                groups.pop(0)
 
     def _nft(self, command: str) -> None:
         # nft looks for groups in /sys/fs/cgroup alone, where version 2 need not be mounted

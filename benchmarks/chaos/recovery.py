@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from benchmarks.chaos.inject import Delivered
 from benchmarks.chaos.schedule import KINDS, Kind
@@ -30,6 +31,8 @@ class Recovery:
     - `redo_s`: from the step's abort, or from the rollback, until that step was committed.
     - `commit_s`: from the fault until the next committed step.
     - `apart_s`: the same without the restart, where training had to wait for all of it.
+    - `pause_s`: the longest time without a committed step, from the fault until the next one: a step whose votes are
+      in may commit just after a fault that then holds up those that follow.
     - `back_s`: from the fault until the replica was given work again.
     """
 
@@ -42,6 +45,7 @@ class Recovery:
     redo_s: float | None
     commit_s: float | None
     apart_s: float | None
+    pause_s: float | None
     back_s: float | None
     rolled_back: bool
 
@@ -50,7 +54,9 @@ def recoveries(
     delivered: Sequence[Delivered], timeline: Timeline, processes: Sequence[ServiceProcess]
 ) -> list[Recovery]:
     """One for each fault, in order."""
-    ends = [*(done.at for done in delivered[1:]), float("inf")]
+    # once the run is over its replicas leave, which is nobody's fault
+    over = min((moment.at for moment in timeline.of("finished")), default=float("inf"))
+    ends = [min(end, over) for end in (*(done.at for done in delivered[1:]), over)]
     return [_recovery(done, end, timeline, processes) for done, end in zip(delivered, ends, strict=True)]
 
 
@@ -69,11 +75,11 @@ def _recovery(done: Delivered, end: float, timeline: Timeline, processes: Sequen
         detected = again
         registered = next((began for began, _ in timeline.terms if again is not None and began >= again), None)
         meshes = [mesh for mesh in timeline.meshes if at < mesh.ordered <= end]
-        working = commit
+        working = commit if registered is not None else None
     else:
         life = timeline.life_at(replica, at)
         gone = life.gone if life is not None else None
-        detected = gone if gone is not None and gone <= end else None
+        detected = gone if gone is not None and gone < end else None
         later = [life for life in timeline.lives if life.replica == replica and at < life.joined <= end]
         registered = later[0].joined if later else None
         meshes = [
@@ -93,6 +99,7 @@ def _recovery(done: Delivered, end: float, timeline: Timeline, processes: Sequen
         redo_s=_redo(timeline, at, end),
         commit_s=_since(at, commit),
         apart_s=_since(at, commit - restart if waited and commit is not None and restart is not None else commit),
+        pause_s=max((after - before for before, after in pairwise((at, *(it.at for it in commits)))), default=None),
         back_s=_since(at, working),
         rolled_back=rolled_back,
     )

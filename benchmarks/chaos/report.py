@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.chaos.recovery import Recovery, median_apart
 from benchmarks.live.verdict import Verdict
 
-COLUMNS = ("detect", "restart", "re-mesh", "redo", "next commit", "restart apart", "back in work")
+COLUMNS = ("detect", "restart", "re-mesh", "redo", "next commit", "restart apart", "longest pause", "back in work")
 LEGEND = (
     "All times in seconds from the run's own journal (and the kernel's process table for the start of a process). "
     "*Detect*: until the journal says that the replica is gone (the controller: until its next process was started); "
@@ -18,7 +18,8 @@ LEGEND = (
     "Python and its imports. *Re-mesh*: forming the first process group that the replica was in again. *Redo*: from "
     "the abort of the step in hand (or the rollback, marked R) until that step was committed. *Next commit*: from the "
     "fault (the beginning of a stop or partition) until the next committed step; *restart apart*: the same without the "
-    "restart, where training had to wait for it; the first table has its medians. *Back in work*: until the replica "
+    "restart, where training had to wait for it; the first table has its medians. *Longest pause*: the longest time "
+    "without a committed step between this fault and the next one, restarts and all. *Back in work*: until the replica "
     "was given work again."
 )
 
@@ -49,7 +50,7 @@ def as_markdown(result: dict[str, Any], seeds: Sequence[SeedReport]) -> str:
     lines = [
         f"Machine: {result['machine']}. Load average when it ended: {result['load_average']}. "
         f"`{result['recipe']}` with {result['fleet']}, a fault about every {result['every_s']:g} s. "
-        f"Undisturbed, in the same invocation: {stages}.",
+        f"Undisturbed, in the same invocation: {stages}; its longest pause was {result['undisturbed_pause_s']:.2f} s.",
         "",
         "| seed | faults | goodput | from kill to next commit, restart apart | the same, all faults | steps "
         "| rollbacks | policies compared | came through |",
@@ -81,13 +82,13 @@ def as_markdown(result: dict[str, Any], seeds: Sequence[SeedReport]) -> str:
 
 def _row(it: Recovery) -> str:
     redo = _seconds(it.redo_s) + (" R" if it.rolled_back else "")
-    times = [it.detect_s, it.restart_s, it.remesh_s, it.commit_s, it.apart_s, it.back_s]
-    detect, restart, remesh, commit, apart, back = map(_seconds, times)
-    return f"| {it.name} | " + " | ".join((detect, restart, remesh, redo, commit, apart, back)) + " |"
+    times = [it.detect_s, it.restart_s, it.remesh_s, it.commit_s, it.apart_s, it.pause_s, it.back_s]
+    detect, restart, remesh, commit, apart, pause, back = map(_seconds, times)
+    return f"| {it.name} | " + " | ".join((detect, restart, remesh, redo, commit, apart, pause, back)) + " |"
 
 
 def _medians(found: Sequence[Recovery]) -> str:
-    names = ("detect_s", "restart_s", "remesh_s", "redo_s", "commit_s", "apart_s", "back_s")
+    names = ("detect_s", "restart_s", "remesh_s", "redo_s", "commit_s", "apart_s", "pause_s", "back_s")
     cells = []
     for name in names:
         values = [value for it in found if (value := getattr(it, name)) is not None]

@@ -51,6 +51,9 @@ class Story:
     def rolled_back(self, at: float) -> Story:
         return self._fact(at, "rolled_back", before=1, lineage=2)
 
+    def finished(self, at: float) -> Story:
+        return self._fact(at, "finished", outcome="complete", cause="")
+
     def consumed(self, at: float, *groups: int) -> Story:
         return self._fact(at, "consumed", groups=list(groups))
 

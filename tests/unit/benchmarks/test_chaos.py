@@ -136,6 +136,18 @@ def test_a_fault_is_not_blamed_for_what_the_next_one_did() -> None:
     assert second.commit_s is None
 
 
+def test_the_longest_pause_is_told_though_a_step_was_committed_just_after_the_fault() -> None:
+    story = Story().committed(10.01, 6).committed(17.0, 7).committed(18.0, 8)
+    found = one(delivered("stop", "controller", 10.0, until=16.0), story)
+    assert found.commit_s == pytest.approx(0.01)
+    assert found.pause_s == pytest.approx(6.99)
+
+
+def test_replicas_that_leave_when_the_run_is_over_were_not_lost_to_the_last_fault() -> None:
+    story = Story().joined(1.0, "rollout-0", 1).committed(12.0, 6).finished(12.0).gone(12.1, "rollout-0", 1)
+    assert one(delivered("stop", "rollout-0", 10.0, until=11.0), story).detect_s is None
+
+
 def test_the_median_leaves_out_faults_that_no_commit_followed() -> None:
     story = Story().committed(12.0, 6).committed(23.0, 7)
     faults = [delivered("kill", "rollout-0", at) for at in (10.0, 20.0, 30.0)]
