@@ -42,14 +42,6 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Done:
-    """What was done to the run, kept beside its folder."""
-
-    scaled: list[Scaled]
-    processes: list[ServiceProcess]
-
-
-@dataclass(frozen=True)
 class Phase:
     """Between two scalings, in seconds and a second; `reached_s`: until so many replicas were at work."""
 
@@ -71,19 +63,18 @@ def main() -> int:
         with LiveRun(folder / "run") as run:
             run.up(given.recipe, [*fleet_of(given), f"train.batches={given.batches}"])
             with Watch(run) as watch:
-                scaled = scale_at_thirds(run, given)
+                scale_at_thirds(run, given)
                 run.wait(given.limit)
-                kept.write_bytes(msgspec.json.encode(Done(scaled, watch.seen)))
-    done = msgspec.json.decode(kept.read_bytes(), type=Done)
-    result = report(folder / "run", done, given)
+                kept.write_bytes(msgspec.json.encode(watch.seen))
+    processes = msgspec.json.decode(kept.read_bytes(), type=list[ServiceProcess])
+    result = report(folder / "run", processes, given)
     write_results(given.results, "elastic", result, as_markdown(result))
     print(f"the run is in {folder}")
     return 1 if result["faults"] else 0
 
 
-def scale_at_thirds(run: LiveRun, given: argparse.Namespace) -> list[Scaled]:
+def scale_at_thirds(run: LiveRun, given: argparse.Namespace) -> None:
     """Grow after a third of the batches of RL, shrink after two."""
-    scaled = []
     plan = ((1, given.to_policies, given.to_rollouts), (2, given.policies, given.rollouts))
     for third, policies, rollouts in plan:
         wanted = third * given.batches // 3
@@ -94,18 +85,18 @@ def scale_at_thirds(run: LiveRun, given: argparse.Namespace) -> list[Scaled]:
                 raise TimeoutError(f"batch {wanted} was not reached within {given.limit:g} s:\n{run.tail()}")
             time.sleep(LOOK_S)
         print(run.orrery("scale", f"policy={policies}", f"rollout={rollouts}", "--run", str(run.folder)).strip())
-        scaled.append(Scaled(time.time(), policies, rollouts))
-    return scaled
 
 
-def report(folder: Path, done: Done, given: argparse.Namespace) -> dict[str, Any]:
+def report(folder: Path, processes: Sequence[ServiceProcess], given: argparse.Namespace) -> dict[str, Any]:
     """Read what the run left; the picture goes to the results."""
     timeline, lines = read_timeline(folder), read_metrics(folder)
     verdict = judge(folder, timeline)
     train = [line for line in newest(lines) if line["stage"] == "train"]
-    scaled = [Scaled(train[0]["time"], given.policies, given.rollouts), *done.scaled]
+    scaled = [Scaled(train[0]["time"], given.policies, given.rollouts), *scalings(timeline)]
     found = phases(scaled, train, timeline)
     faults = [*verdict.faults]
+    if len(found) != 3:
+        faults.append(f"expected two scalings in the journal, got {len(found) - 1}")
     for phase in found:
         if phase.reached_s is None:
             faults.append(f"the fleet of {phase.policies} + {phase.rollouts} was never at work")
@@ -115,9 +106,9 @@ def report(folder: Path, done: Done, given: argparse.Namespace) -> dict[str, Any
     draw(
         "the fleet grows and shrinks while it trains",
         timeline,
-        done.processes,
+        processes,
         lines,
-        [Mark(it.at, it.at, "", f"scaled to {it.policies} + {it.rollouts}") for it in done.scaled],
+        [Mark(it.at, it.at, "", f"scaled to {it.policies} + {it.rollouts}") for it in scaled[1:]],
         {},
         given.results / "elastic.png",
     )
@@ -131,6 +122,12 @@ def report(folder: Path, done: Done, given: argparse.Namespace) -> dict[str, Any
         "faults": faults,
         "verdict": asdict(verdict),
     }
+
+
+def scalings(timeline: Timeline) -> list[Scaled]:
+    """When the controller took each `orrery scale`, which names both roles."""
+    orders = [(at, order["replicas"]) for at, order in timeline.steered if order["type"] == "scale_fleet"]
+    return [Scaled(at, replicas["policy"], replicas["rollout"]) for at, replicas in orders]
 
 
 def phases(scaled: Sequence[Scaled], train: Sequence[Mapping[str, Any]], timeline: Timeline) -> list[Phase]:

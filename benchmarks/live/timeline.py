@@ -50,6 +50,7 @@ class Timeline:
     facts: dict[str, list[Moment]] = field(default_factory=dict)
     terms: list[tuple[float, int]] = field(default_factory=list)
     registered: list[tuple[float, str]] = field(default_factory=list)
+    steered: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     meshes: list[FormedMesh] = field(default_factory=list)
     lives: list[Life] = field(default_factory=list)
     began: float = 0.0
@@ -89,6 +90,8 @@ def fold(records: Iterable[dict[str, Any]]) -> Timeline:
                 timeline.terms.append((at, event["term"]))
             case "replica_registered":
                 timeline.registered.append((at, event["register"]["replica"]))
+            case "steered":
+                timeline.steered.append((at, event["order"]))
             case "mesh_id_minted":
                 orders[event["epoch"]] = at
             case "message_received" if event["body"]["type"] == "mesh_formed":

@@ -20,6 +20,9 @@ class Story:
     def term(self, at: float, term: int) -> Story:
         return self._add(at, {"type": "term_began", "term": term})
 
+    def scaled(self, at: float, **replicas: int) -> Story:
+        return self._add(at, {"type": "steered", "order": {"type": "scale_fleet", "replicas": replicas}})
+
     def registered(self, at: float, replica: str) -> Story:
         return self._add(at, {"type": "replica_registered", "register": {"replica": replica}})
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.controller_kills import outages, started_again
-from benchmarks.elastic import Scaled, members, phases, reached
+from benchmarks.elastic import Scaled, members, phases, reached, scalings
 from benchmarks.live.goodput import goodput, newest, paces
 from benchmarks.live.picture import JOINED, STARTING, WORKING, Mark, draw, spans
 from benchmarks.live.run import ServiceProcess
@@ -105,6 +105,11 @@ def test_a_fleet_is_reached_when_exactly_so_many_work() -> None:
     assert reached(Scaled(10.0, 2, 2), 20.0, lives) == pytest.approx(4.0)
     assert reached(Scaled(20.0, 1, 1), 30.0, lives) == pytest.approx(2.0)
     assert reached(Scaled(10.0, 3, 3), 30.0, lives) is None
+
+
+def test_scalings_are_told_as_the_controller_took_them() -> None:
+    story = Story().scaled(10.0, policy=3, rollout=2).scaled(20.0, policy=1, rollout=1)
+    assert scalings(story.timeline()) == [Scaled(10.0, 3, 2), Scaled(20.0, 1, 1)]
 
 
 def test_each_phase_has_the_pace_between_its_scalings() -> None:
