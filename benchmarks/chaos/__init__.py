@@ -1,0 +1,1 @@
+"""`make chaos`: faults against a real run, and what each of them cost."""

@@ -1,0 +1,193 @@
+"""`python -m benchmarks.chaos --faults 12 --seed 1` (`make chaos`): faults against a real run, and what they cost.
+
+First the recipe runs undisturbed for a while, which gives the pace of each stage. Then it runs once a seed, long enough
+for all faults at that pace, with one fault about every `--every` seconds from its first committed step on. Ends with 0
+when every run did all its steps, with clean books and equal policies. Writes `results/chaos.{json,md}` and a picture a
+seed; the runs stay in their folder, from which `--collect` makes the report again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from benchmarks.chaos.inject import Delivered, inject
+from benchmarks.chaos.partition import Namespace, why_not
+from benchmarks.chaos.recovery import median_apart, recoveries
+from benchmarks.chaos.report import SeedReport, as_markdown
+from benchmarks.chaos.schedule import KINDS, Kind, make_schedule
+from benchmarks.live.goodput import Pace, goodput, paces, read_metrics
+from benchmarks.live.picture import Mark, draw
+from benchmarks.live.recipe import add_options, describe, fleet_of
+from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
+from benchmarks.live.timeline import read_timeline
+from benchmarks.live.verdict import judge
+from benchmarks.live.watch import Watch
+from benchmarks.machine import ROOT, describe_machine, load_average, write_results
+from shared.config import Recipe, load_recipe
+
+FIRST_STEP_S = 300.0
+MARGIN = 1.05
+"""Batches beyond those that the faults take at the undisturbed pace."""
+SLOWEST = 5.0
+"""A run may take so many times as long as undisturbed before it is given up."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done to the run of one seed, kept beside its folder."""
+
+    seed: int
+    planned: int
+    delivered: list[Delivered]
+    processes: list[ServiceProcess]
+
+
+def main() -> int:
+    """Undisturbed run, one run a seed, report."""
+    given = _options()
+    leave_nothing_behind()
+    folder = (given.collect or given.folder or ROOT / "runs" / time.strftime("chaos-%Y%m%d-%H%M%S")).absolute()
+    overrides = fleet_of(given)
+    recipe = load_recipe(given.recipe, overrides)
+    if given.collect is None:
+        _run_all(given, recipe, overrides, folder)
+    lines = read_metrics(folder / "undisturbed")
+    undisturbed = paces(lines)
+    seeds = [_report(folder, path, undisturbed, given.results) for path in sorted(folder.glob("seed-*.json"))]
+    result = {
+        "machine": describe_machine(),
+        "load_average": load_average(),
+        "recipe": _name(given.recipe),
+        "overrides": overrides,
+        "fleet": describe(given.policies, given.rollouts, given.evaluators),
+        "every_s": given.every,
+        "paces": {stage: pace.steps_per_s for stage, pace in undisturbed.items()},
+        "undisturbed_pause_s": max(after["time"] - before["time"] for before, after in pairwise(lines)),
+        "seeds": [asdict(it) | {"medians_apart_s": _medians(it)} for it in seeds],
+    }
+    write_results(given.results, "chaos", result, as_markdown(result, seeds))
+    print(f"the runs are in {folder}")
+    return 1 if any(it.faults for it in seeds) else 0
+
+
+def _run_all(given: argparse.Namespace, recipe: Recipe, overrides: list[str], folder: Path) -> None:
+    if recipe.train is None:
+        raise SystemExit(f"{given.recipe}: expected a recipe with [train], whose batches make the run long enough")
+    kinds, roles = _kinds(given), ["controller", "policy", "rollout", *(["evaluator"] if given.evaluators else [])]
+    with _place("cut" in kinds) as namespace:
+        print(f"undisturbed: {given.baseline_batches} batches of RL", flush=True)
+        with LiveRun(folder / "undisturbed", namespace.inside if namespace else ()) as run:
+            run.up(given.recipe, [*overrides, f"train.batches={given.baseline_batches}"])
+            if code := run.wait(given.limit):
+                raise SystemExit(f"the undisturbed run ended with code {code}:\n{run.tail()}")
+        batches = given.batches or _batches(recipe, paces(read_metrics(folder / "undisturbed")), given)
+        for seed in given.seed:
+            schedule = make_schedule(seed, given.faults, given.every, roles, kinds, recipe.bus.lost_after_s)
+            print(f"seed {seed}: {len(schedule)} faults on {batches} batches of RL", flush=True)
+            with LiveRun(folder / f"seed-{seed}", namespace.inside if namespace else ()) as run:
+                run.up(given.recipe, [*overrides, f"train.batches={batches}"])
+                with _watched(run, namespace) as seen:
+                    run.wait_for_step(FIRST_STEP_S)
+                    began = time.monotonic()
+                    delivered = inject(run, schedule, given.every, namespace, _teller(began))
+                    run.wait(max(SLOWEST * given.every * given.faults, given.limit))
+            done = Done(seed, len(schedule), delivered, seen)
+            (folder / f"seed-{seed}.json").write_bytes(msgspec.json.encode(done))
+
+
+def _batches(recipe: Recipe, undisturbed: Mapping[str, Pace], given: argparse.Namespace) -> int:
+    """As many batches of RL as fill the time of all faults that SFT leaves."""
+    assert recipe.train is not None
+    sft = undisturbed["sft"].seconds if "sft" in undisturbed else 0.0
+    left = max(given.faults * given.every - sft, given.every)
+    steps = MARGIN * left * undisturbed["train"].steps_per_s
+    return max(given.baseline_batches, math.ceil(steps / (recipe.train.mu * recipe.train.minibatches)))
+
+
+def _report(folder: Path, path: Path, undisturbed: Mapping[str, Pace], results: Path) -> SeedReport:
+    """Read what one seed's run left; its picture goes to `results`."""
+    done = msgspec.json.decode(path.read_bytes(), type=Done)
+    run = folder / f"seed-{done.seed}"
+    timeline, lines = read_timeline(run), read_metrics(run)
+    verdict = judge(run, timeline)
+    found = recoveries(done.delivered, timeline, done.processes)
+    report = SeedReport(done.seed, done.planned, found, goodput(undisturbed, lines), verdict)
+    draw(
+        f"{len(found)} faults, seed {done.seed}: goodput {100 * report.goodput:.0f} %",
+        timeline,
+        done.processes,
+        lines,
+        [Mark(it.at, it.until, it.process.replica, it.name) for it in done.delivered],
+        {stage: pace.steps_per_s for stage, pace in undisturbed.items()},
+        results / f"chaos-{done.seed}.png",
+    )
+    return report
+
+
+def _medians(it: SeedReport) -> dict[str, float | None]:
+    return {"kill": median_apart(it.recoveries, ["kill"]), "all": median_apart(it.recoveries)}
+
+
+@contextlib.contextmanager
+def _watched(run: LiveRun, namespace: Namespace | None) -> Iterator[list[ServiceProcess]]:
+    """The list is filled with every process of the run when the block ends."""
+    seen: list[ServiceProcess] = []
+    with Watch(run) as watch:
+        if namespace is not None:
+            namespace.watch(run)
+        yield seen
+        seen += watch.seen
+
+
+@contextlib.contextmanager
+def _place(cut: bool) -> Iterator[Namespace | None]:
+    if not cut:
+        yield None
+        return
+    with Namespace() as namespace:
+        yield namespace
+
+
+def _kinds(given: argparse.Namespace) -> list[Kind]:
+    kinds: list[Kind] = given.kinds
+    if "cut" in kinds and (reason := why_not()) is not None:
+        raise SystemExit(f"{reason}; or leave cut out of --kinds")
+    return kinds
+
+
+def _teller(began: float) -> Any:
+    return lambda text: print(f"  {time.monotonic() - began:7.1f} s  {text}", flush=True)
+
+
+def _name(recipe: Path) -> str:
+    path = recipe.absolute()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else recipe.name
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Faults against a real run.")
+    add_options(parser, policies=2, rollouts=2, evaluators=1)
+    parser.add_argument("--faults", type=int, default=12)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1], help="one run a seed")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between faults")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=get_args(Kind), help="cut wants root")
+    parser.add_argument("--batches", type=int, default=0, help="batches of RL (default: as the faults take)")
+    parser.add_argument("--baseline-batches", type=int, default=100, help="batches of RL of the undisturbed run")
+    parser.add_argument("--limit", type=float, default=1800.0, help="longest time for a run, in seconds, at least")
+    parser.add_argument("--collect", type=Path, help="make the report of the runs in this folder again")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
