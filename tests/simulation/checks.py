@@ -308,7 +308,8 @@ class Checks:
         for name in step.shares:
             replica, join = state.fleet.replicas[name], state.joining.join
             joins = join is not None and (join.joiner, join.position) == (name, state.lineages.committed)
-            if not (replica.state == "ready" and replica.position == state.lineages.committed) and not joins:
+            member = replica.state in ("ready", "draining") and replica.position == state.lineages.committed
+            if not member and not joins:
                 self.broken(f"{name} computes step {step.step}, and is {replica.state} with {replica.position}")
         mesh = state.meshes.meshes.get(step.mesh or 0)
         if mesh is not None and mesh.state != "formed":
@@ -354,7 +355,7 @@ class Checks:
         """Whoever may have the committed weights gets them, as soon as somebody who holds them has room."""
         state, committed, table = core.state, core.state.lineages.committed, self.plan.recipe.weights
         served = {edge.receiver for edge in state.weights.edges.values()}
-        behind = [r.name for r in state.fleet.behind("rollout", committed) if r.name not in served]
+        behind = [name for name in _behind(core, "rollout") if name not in served]
         left = [name for name in behind if state.meshes.may_begin(name, state.now)]
         if not left:
             return
@@ -388,7 +389,7 @@ class Checks:
                 self.broken(f"{edge} has the mesh {mesh}")
         target = (state.lineages.committed.lineage, state.lineages.committed.version)
         for role in ("rollout", "evaluator") if lists.target == target else ():
-            behind = {replica.name for replica in state.fleet.behind(role, state.lineages.committed)}  # type: ignore[arg-type]
+            behind = set(_behind(core, role))  # type: ignore[arg-type]
             known = {*lists.waiting.get(role, ()), *lists.resting, *receivers}  # type: ignore[call-overload]
             if not behind <= known:
                 self.broken(f"{behind - known} are behind {target}, and nobody knows it")
@@ -477,3 +478,15 @@ def _brief(what: object) -> str:
     fields = msgspec.structs.asdict(what)  # type: ignore[arg-type]
     short = {k: v for k, v in fields.items() if isinstance(v, int | float | str | Position) or k == "groups"}
     return ", ".join(f"{k} {v}" for k, v in short.items() if not isinstance(v, list) or all(type(x) is int for x in v))
+
+
+def _behind(core: Core, role: Role) -> list[str]:
+    """Who is far enough behind the committed version to be sent it; rollouts may be some old (`weights.every`)."""
+    committed, every = core.state.lineages.committed, core.state.weights.interval if role == "rollout" else 1
+    return [
+        replica.name
+        for replica in core.state.fleet.behind(role, committed)
+        if replica.position is None
+        or replica.position.lineage != committed.lineage
+        or committed.version - replica.position.version >= every
+    ]

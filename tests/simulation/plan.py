@@ -98,6 +98,7 @@ def _draw_fanout(
     """How many transfers a source serves at a time, and in some lives more rollouts than one source serves soon."""
     draw = random.Random(f"{seed}/fanout")
     tree["weights"] = {"fanout": draw.choice([1, 2, 2, 3]), "slow_s": draw.choice([1.0, 3.0, 10.0])}
+    tree["weights"]["every"] = random.Random(f"{seed}/sync interval").choice([1, 1, 2, 4])
     if not deterministic and draw.random() < 0.25:
         for number in range(4, 4 + draw.randint(2, 5)):
             replicas[f"rollout-{number}"] = draw.choice([1, 1, 2])

@@ -68,9 +68,13 @@ class Policy:
         self._received: StateReceived | None = None
         self._digests: dict[Position, str] = {}
         self._chance = process.world.chance(f"service {process.name}")
-        self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
         process.on_message = self._take
         process.on_exit = self.meshes.close
+
+    @property
+    def _speed(self) -> float:
+        """How many times as long as usual everything takes, as of now."""
+        return self.fleet.plan.speed.get(self.process.replica, 1.0)
 
     def terminate(self) -> None:
         """SIGTERM: ask for a Drain, and go without one after a while; before there is a model, at once."""

@@ -65,10 +65,14 @@ class Rollout:
         self._sends: dict[tuple[int, Position], WeightsSent | None] = {}
         self._leaving = False
         self._chance = process.world.chance(f"service {process.name}")
-        self._speed = self.fleet.plan.speed.get(process.replica, 1.0)
         self._deterministic = self.fleet.plan.recipe.run.deterministic
         process.on_message = self._take
         process.on_exit = self.meshes.close
+
+    @property
+    def _speed(self) -> float:
+        """How many times as long as usual everything takes, as of now."""
+        return self.fleet.plan.speed.get(self.process.replica, 1.0)
 
     def drain(self, cause: str) -> None:
         """Hand back what is in hand and leave."""

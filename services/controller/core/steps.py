@@ -126,6 +126,7 @@ class Steps(msgspec.Struct):
         """A member was lost after the commit: nobody waits for it."""
         if self.step is not None and self.step.state == "committed":
             self.step.shares.pop(replica, None)
+            self.step.applied = [name for name in self.step.applied if name != replica]
 
     def _computing(self) -> Step:
         if self.step is None or self.step.state != "computing":

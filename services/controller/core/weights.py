@@ -74,11 +74,13 @@ class Weights(msgspec.Struct):
 
     `target` is the (lineage, version) that the candidates are kept for. `waiting` may be behind it, by role; `resting`
     may be too, but an attempt failed a moment ago; `free` may serve it (policies are few, and not kept here).
+    `interval`: versions that a rollout has to be behind to be sent this one.
     """
 
     edges: dict[int, Edge] = {}
     publications: list[Publication] = []
     target: tuple[int, int] = (0, 0)
+    interval: int = 1
     waiting: dict[Role, dict[str, None]] = {}
     resting: dict[str, Role] = {}
     free: dict[str, None] = {}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.config.schema.base import Positive, Seconds, Table
+from shared.config.schema.base import LIVE, Positive, Seconds, Table
 
 
 class WeightsTable(Table):
@@ -14,6 +14,11 @@ class WeightsTable(Table):
 
     backend: Literal["gloo"] = "gloo"
     interface: str = Field("lo", description="network interface that process groups use")
+    every: Positive = Field(
+        1,
+        json_schema_extra=LIVE,
+        description="versions that rollouts may be behind before they are sent the newest; max_staleness at most",
+    )
     bucket_mb: Positive = Field(64, description="most megabytes in one broadcast")
     fanout: Positive = Field(2, description="transfers that one source serves at a time; receivers serve the next ones")
     slow_s: Seconds = Field(

@@ -405,3 +405,30 @@ def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again
     assert world.say(rollout, rollout.report(checked)) == "fresh"
     assert [fact.group for fact in world.of(Requeued)] == [unchecked[0]]
     assert checked[0] in {group.id for group in world.core.state.ledger.having("reported")}
+
+
+def versions_sent(world: World) -> list[int]:
+    """The versions that the first rollout was sent, in order."""
+    told = world.models["rollout-0"].told(ReceiveWeights)
+    return [order.position.version for order in told if isinstance(order, ReceiveWeights)]
+
+
+def test_rollouts_may_be_sent_every_second_version() -> None:
+    world = small_world(train={"batches": 7, "max_staleness": 4}, weights={"every": 2})
+    world.deliver()
+    assert world.ended is not None and world.ended.outcome == "complete"
+    assert versions_sent(world) == [0, 2, 4, 6]
+
+
+def test_rollouts_are_sent_versions_often_enough_to_have_something_to_do() -> None:
+    world = small_world(train={"batches": 6, "max_staleness": 2}, weights={"every": 50})
+    world.deliver()
+    assert world.ended is not None and world.ended.outcome == "complete"
+    assert versions_sent(world) == [0, 2, 4, 6]
+
+
+def test_how_often_rollouts_are_sent_versions_may_change_at_any_time() -> None:
+    world = small_world(train={"batches": 8, "max_staleness": 4}, weights={"every": 4})
+    world.change({"weights.every": 1}, at_step=5)
+    world.deliver()
+    assert versions_sent(world) == [0, 4, 5, 6, 7, 8]

@@ -75,7 +75,7 @@ def _abort_torn_step(turn: Turn) -> bool:
     state, step = turn.state, turn.state.steps.step
     if step is None or step.state != "computing" or step.mesh is None or step.mesh in state.meshes.meshes:
         return False
-    if all(step.votes.get(n) and state.fleet.replicas[n].state == "ready" for n in step.shares):
+    if all(step.votes.get(n) and state.fleet.replicas[n].state in ("ready", "draining") for n in step.shares):
         return False
     abort_step(turn, "its mesh was revoked")
     return True
@@ -188,7 +188,8 @@ def compare_states(turn: Turn, writer: Replica) -> None:
 def mesh_failed(turn: Turn, epoch: int, by: str) -> None:
     """A gradients mesh did not form, or broke in use (told `by` a member): after that, one member may go on alone.
 
-    The others become stale and join again, so that a broken network between members costs no more than their help.
+    The others become stale and join again, so that a broken network between members costs no more than their help. If
+    some compute a step meanwhile, over another mesh or alone, it is they who go on.
     """
     state, joining = turn.state, turn.state.joining
     mesh = state.meshes.meshes.get(epoch)
@@ -201,11 +202,19 @@ def mesh_failed(turn: Turn, epoch: int, by: str) -> None:
             return
     group = {replica.name: replica for replica in members(turn) if mesh.has(replica.name)}
     alone = by if by in group else next((name for name in (*mesh.formed, *sorted(group)) if name in group), "")
+    together = _computing_without(turn, epoch)
     for name, replica in group.items():
-        if name != alone and replica.confirmed:
+        if replica.confirmed and (name not in together if together else name != alone):
             _make_stale(turn, replica)
     joining.torn = None
     _pause(turn)
+
+
+def _computing_without(turn: Turn, epoch: int) -> list[str]:
+    """Who has a step in hand that does not need this mesh."""
+    step = turn.state.steps.step
+    stands = step is not None and (step.mesh is None or step.mesh in turn.state.meshes.meshes)
+    return list(step.shares) if step is not None and stands and step.mesh != epoch else []
 
 
 def join_ran_out(turn: Turn) -> Replica | None:

@@ -40,19 +40,32 @@ def sync_weights(turn: Turn) -> bool:
 def _aim(turn: Turn) -> None:
     """Keep the lists of candidates for the version that is committed; wake those that have paused long enough."""
     state, committed = turn.state, turn.state.lineages.committed
-    target = (committed.lineage, committed.version)
+    target, interval = (committed.lineage, committed.version), _interval(turn)
     if target != state.weights.target:
         roles: tuple[Role, ...] = ("evaluator", "rollout")
         behind = {role: [replica.name for replica in state.fleet.behind(role, committed)] for role in roles}
         state.weights.aim(target, behind)
+    elif interval < state.weights.interval:  # who was not behind far enough may be now
+        for replica in state.fleet.behind("rollout", committed):
+            state.weights.want(replica.name, "rollout")
+    state.weights.interval = interval
     for name, role in list(state.weights.resting.items()):
         if state.meshes.may_begin(name, state.now):
             del state.weights.resting[name]
             state.weights.want(name, role)
 
 
+def _interval(turn: Turn) -> int:
+    """How many versions a rollout has to be behind to be sent the newest one (`weights.every`).
+
+    Beyond the staleness bound it would have nothing to do; and what it is to judge it needs at once.
+    """
+    judges = turn.recipe.judge == "rollout" and round_due(turn) is not None
+    return 1 if judges else max(1, min(turn.state.hyperparameters.whole("weights.every"), turn.bound))
+
+
 def _rollouts_are_due(turn: Turn) -> bool:
-    """Rollouts get every version, as soon as they may hold another one."""
+    """Rollouts are sent versions as soon as they may hold another one."""
     state, judge = turn.state, turn.recipe.judge == "rollout"
     if state.stages.name == "sft":  # nobody samples while worked answers are learnt: weights serve judging only
         return judge and gating_round_due(turn) and not _round_on_older_weights(turn)
@@ -150,7 +163,9 @@ def _fit(turn: Turn, name: str, role: Role) -> Replica | None:
     state, replica = turn.state, turn.state.fleet.replicas[name]
     held, epochs = replica.position, state.meshes.epochs_of(name)
     loaded = replica.state in ("stale", "ready") and replica.confirmed and replica.role == role
-    behind = held is None or (held.lineage, held.version) != state.weights.target
+    lineage, version = state.weights.target
+    enough = state.weights.interval if role == "rollout" else 1
+    behind = held is None or held.lineage != lineage or version - held.version >= enough
     edges = (state.weights.edges.get(epoch) for epoch in epochs)
     if not loaded or not behind or any(edge is not None and edge.receiver == name for edge in edges):
         del state.weights.waiting[role][name]
