@@ -45,8 +45,9 @@ def judge_order(state: State, recipe: Recipe, order: SteeringOrder) -> Refused |
                 there = ", ".join(r.name for r in fleet.live()) or "none"
                 now = f"{name}, which has {replica.state}" if replica is not None else name
                 return Refused("replica", f"one of {there}", now, "name a replica that is there")
-            others = [r for r in fleet.live("policy") if r.name != name and not fleet.goes(r)]
-            if replica.role == "policy" and not others:
+            kept = state.scaling.names["policy"]  # one that somebody started by hand is started again by nobody
+            others = [r.name for r in fleet.live("policy") if r.name != name and not fleet.goes(r)]
+            if replica.role == "policy" and not any(name not in kept or other in kept for other in others):
                 advice = "'orrery scale policy=2' first, and drain this one when the other is ready"
                 return Refused("replica", "a policy that another one can replace", f"{name}, the only one", advice)
             return "duplicate" if fleet.goes(replica) and name not in state.scaling.wanted else "fresh"
