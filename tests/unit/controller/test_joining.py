@@ -133,6 +133,22 @@ def test_a_policy_that_says_its_mesh_failed_is_the_one_that_goes_on() -> None:
     assert world.state_of("policy-0") == "stale" and world.state_of("policy-1") == "ready"
 
 
+def test_whoever_computes_a_step_goes_on_when_a_mesh_with_one_that_is_back_does_not_form() -> None:
+    world = pair()
+    first, second = in_step(world)
+    world.lose("policy-1", dead=False)
+    second.silent = first.silent = {TrainStep, CommitStep, FormMesh}
+    second.holds = world.core.state.lineages.committed
+    world.register(second)
+    world.deliver()
+    told = second.told(FormMesh)[-1]
+    assert isinstance(told, FormMesh) and world.state_of("policy-1") == "ready"
+    world.say(second, MeshFailed(told.identity.epoch, "policy-0 did not come"))
+    assert world.state_of("policy-0") == "ready" and world.state_of("policy-1") == "stale"
+    step = world.core.state.steps.step
+    assert step is not None and list(step.shares) == ["policy-0"] and step.state == "computing"
+
+
 # --- lost ------------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,15 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
     assert ask(world, PauseRun("")) == "state", "the run is over"
 
 
+def test_the_last_policy_that_the_launcher_keeps_is_not_drained_for_one_that_nobody_starts_again() -> None:
+    world = small_world(train={"batches": 200})
+    world.join("policy-7", "policy")
+    world.run(lambda: world.core.state.version == 2)
+    assert world.state_of("policy-7") == "ready"
+    assert ask(world, DrainReplica("policy-0", "")) == "replica"
+    assert ask(world, DrainReplica("policy-7", "")) == "fresh"
+
+
 def test_more_replicas_take_the_lowest_free_names_and_fewer_give_up_the_newest() -> None:
     scaling = Scaling.of(recipe(rollout={"replicas": 2}))
     assert scaling.wanted == ["policy-0", "rollout-0", "rollout-1"]
