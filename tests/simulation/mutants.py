@@ -210,8 +210,8 @@ MUTANTS = [
         (
             (
                 f"{CORE}/rules/training.py",
-                'if last and batch.stage == "train" and _too_old(turn, state.version + 1 - batch.bound):',
-                "if False:",
+                '    if last and batch.stage == "train":\n        least',
+                "    if False:\n        least",
             ),
             (
                 f"{CORE}/rules/training.py",
@@ -318,7 +318,7 @@ MUTANTS = [
         (
             (
                 f"{CORE}/rules/judging.py",
-                'return why is not None and (why != "periodic" or turn.recipe.run.deterministic)',
+                "return why is not None and (waits or turn.recipe.run.deterministic)",
                 "return why is not None",
             ),
         ),
