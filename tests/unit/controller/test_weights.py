@@ -407,6 +407,28 @@ def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again
     assert checked[0] in {group.id for group in world.core.state.ledger.having("reported")}
 
 
+def test_after_a_transfer_that_was_given_up_samples_of_what_it_brought_are_drawn_again() -> None:
+    world = small_world(train={"batches": 6}, timeouts={"transfer_s": 5.0})
+    policy, rollout = world.models["policy-0"], world.models["rollout-0"]
+    rollout.slow = True
+    world.deliver()
+    policy.silent = {SendWeights}
+    for _ in range(4):
+        world.finish(rollout)
+    world.deliver()
+    assert rollout.holds == Position(1, 1, 1), "swapped in, and the source has not told its digest"
+    sampled = list(rollout.working)
+    rollout.silent = {FormMesh, ReceiveWeights}
+    world.say(rollout, MeshFailed(epoch_to(world, "rollout-0"), "the line went dead"))
+    assert world.core.state.weights.edges == {}
+    policy.silent, rollout.silent = {TrainStep}, set()
+    world.pass_time(5.0)
+    assert world.core.state.fleet.replicas["rollout-0"].position == Position(1, 1, 1), "the next attempt has proved it"
+    for key in sampled:
+        world.say(rollout, rollout.report(key))
+    assert {fact.group for fact in world.of(Requeued)} >= {key[0] for key in sampled}
+
+
 def versions_sent(world: World) -> list[int]:
     """The versions that the first rollout was sent, in order."""
     told = world.models["rollout-0"].told(ReceiveWeights)
