@@ -100,7 +100,7 @@ def test_a_run_is_paused_saved_and_goes_on(new_run: NewRun, recipe: Path) -> Non
 
 
 def test_a_change_that_a_controller_kill_follows_at_once_is_in_force_at_its_step(new_run: NewRun, recipe: Path) -> None:
-    run = new_run().up(recipe, "train.batches=100", "sft.batches=5")
+    run = new_run().up(recipe, "policy.replicas=2", "train.batches=100", "sft.batches=5")
     run.wait_for_steps(2, "train")
     wanted = len(run.metrics()) + 30
     name = ("--run", str(run.folder))
@@ -122,6 +122,9 @@ def test_a_change_that_a_controller_kill_follows_at_once_is_in_force_at_its_step
     assert lines[step]["set/train.lr"] == 1e-6
     assert "set/train.lr" not in lines[step - 1]
     assert [fact["step"] for fact in run.facts("revised")] == [step]
+    told = {(fact["step"], fact["replica"]): fact["message"]["revision"] for fact in run.facts("assigned")}
+    assert {replica for _, replica in told} == {"policy-0", "policy-1"}
+    assert told == {(at, replica): int(at >= step) for at, replica in told}, "each policy from the same step on"
     shown = orrery(run, "history", str(run.folder))
     assert "train.lr: 0.0003 -> 1e-06" in shown.stdout, shown.stdout + shown.stderr
     assert "1e-06" in orrery(run, "get", "train.lr", *name).stdout

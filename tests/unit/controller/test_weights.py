@@ -20,7 +20,7 @@ from shared.messages import (
     WeightsLoaded,
     WeightsSent,
 )
-from tests.unit.controller.world import World, small_world
+from tests.unit.controller.world import Model, World, small_world
 
 FIRST = Position(1, 0, 0)
 
@@ -384,7 +384,8 @@ def test_the_source_stages_before_it_is_told_to_commit_the_next_step() -> None:
         assert all(step.position.version < order.position.version for step in steps)
 
 
-def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again() -> None:
+def swapped_in_unchecked() -> tuple[World, Model, Model]:
+    """A rollout has swapped version 1 in while it samples, and the policy has not told its digest."""
     world = small_world(train={"batches": 6})
     policy, rollout = world.models["policy-0"], world.models["rollout-0"]
     rollout.slow = True
@@ -393,7 +394,12 @@ def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again
     for _ in range(4):
         world.finish(rollout)
     world.deliver()
-    assert rollout.holds == Position(1, 1, 1), "swapped in, and the source has not told its digest"
+    assert rollout.holds == Position(1, 1, 1)
+    return world, policy, rollout
+
+
+def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again() -> None:
+    world, policy, rollout = swapped_in_unchecked()
     unchecked, checked = list(rollout.working)[:2]
     assert world.say(rollout, rollout.report(unchecked)) == "fresh"
     assert [fact.group for fact in world.of(Requeued)] == [unchecked[0]]
@@ -408,15 +414,7 @@ def test_what_was_sampled_with_weights_that_nobody_has_compared_is_sampled_again
 
 
 def test_after_a_transfer_that_was_given_up_samples_of_what_it_brought_are_drawn_again() -> None:
-    world = small_world(train={"batches": 6}, timeouts={"transfer_s": 5.0})
-    policy, rollout = world.models["policy-0"], world.models["rollout-0"]
-    rollout.slow = True
-    world.deliver()
-    policy.silent = {SendWeights}
-    for _ in range(4):
-        world.finish(rollout)
-    world.deliver()
-    assert rollout.holds == Position(1, 1, 1), "swapped in, and the source has not told its digest"
+    world, policy, rollout = swapped_in_unchecked()
     sampled = list(rollout.working)
     rollout.silent = {FormMesh, ReceiveWeights}
     world.say(rollout, MeshFailed(epoch_to(world, "rollout-0"), "the line went dead"))
