@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.live.goodput import goodput, paces, read_metrics
+from benchmarks.live.goodput import goodput, read_metrics, undisturbed_seconds
 from benchmarks.live.picture import Mark, draw
 from benchmarks.live.recipe import add_options, describe, fleet_of
 from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
@@ -134,7 +134,7 @@ def report(folder: Path, done: Done, given: argparse.Namespace) -> tuple[dict[st
     runs = {name: read_timeline(folder / name) for name in ("undisturbed", "killed")}
     verdicts = {name: judge(folder / name, timeline) for name, timeline in runs.items()}
     lines = read_metrics(folder / "killed")
-    pace = paces(read_metrics(folder / "undisturbed"))
+    undisturbed = read_metrics(folder / "undisturbed")
     found = outages(done.kills, runs["killed"], done.processes)
     faults = [f"{name}: {fault}" for name, verdict in verdicts.items() for fault in verdict.faults]
     faults += differences(verdicts["undisturbed"], verdicts["killed"])
@@ -146,7 +146,7 @@ def report(folder: Path, done: Done, given: argparse.Namespace) -> tuple[dict[st
         "fleet": describe(given.policies, given.rollouts, given.evaluators),
         "overrides": fleet_of(given),
         "kills": len(done.kills),
-        "goodput": goodput(pace, lines),
+        "goodput": goodput(undisturbed, lines),
         "medians": {name: _median(found, name) for name in ("term_s", "python_s", "back_s", "commit_s")},
         "started_again": started_again(done.processes),
         "faults": faults,
@@ -159,7 +159,7 @@ def report(folder: Path, done: Done, given: argparse.Namespace) -> tuple[dict[st
         done.processes,
         lines,
         [Mark(at, at, CONTROLLER, "") for at in done.kills],
-        {stage: each.steps_per_s for stage, each in pace.items()},
+        undisturbed_seconds(undisturbed, lines),
         given.results / "controller_kills.png",
     )
     return result, as_markdown(result)

@@ -109,7 +109,7 @@ def report(folder: Path, processes: Sequence[ServiceProcess], given: argparse.Na
         processes,
         lines,
         [Mark(it.at, it.at, "", f"scaled to {it.policies} + {it.rollouts}") for it in scaled[1:]],
-        {},
+        None,
         given.results / "elastic.png",
     )
     return {

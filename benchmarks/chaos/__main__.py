@@ -1,19 +1,18 @@
 """`python -m benchmarks.chaos --faults 12 --seed 1` (`make chaos`): faults against a real run, and what they cost.
 
-First the recipe runs undisturbed for a while, which gives the pace of each stage. Then it runs once a seed, long enough
-for all faults at that pace, with one fault about every `--every` seconds from its first committed step on. Ends with 0
-when every run did all its steps, with clean books and equal policies. Writes `results/chaos.{json,md}` and a picture a
-seed; the runs stay in their folder, from which `--collect` makes the report again.
+First the recipe runs undisturbed for as long as all faults take. Then it runs once a seed, with as many batches as the
+undisturbed run did, and with one fault about every `--every` seconds from its first committed step on. Ends with 0 when
+every run did all its steps, with clean books and equal policies. Writes `results/chaos.{json,md}` and a picture a seed;
+the runs stay in their folder, from which `--collect` makes the report again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +25,10 @@ from benchmarks.chaos.partition import Namespace, why_not
 from benchmarks.chaos.recovery import median_apart, recoveries
 from benchmarks.chaos.report import SeedReport, as_markdown
 from benchmarks.chaos.schedule import KINDS, Kind, make_schedule
-from benchmarks.live.goodput import Pace, goodput, paces, read_metrics
+from benchmarks.live.goodput import Line, goodput, paces, read_metrics, undisturbed_seconds
 from benchmarks.live.picture import Mark, draw
 from benchmarks.live.recipe import add_options, describe, fleet_of
-from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
+from benchmarks.live.run import LOOK_S, LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import read_timeline
 from benchmarks.live.verdict import judge
 from benchmarks.live.watch import Watch
@@ -38,7 +37,9 @@ from shared.config import Recipe, load_recipe
 
 FIRST_STEP_S = 300.0
 MARGIN = 1.05
-"""Batches beyond those that the faults take at the undisturbed pace."""
+"""The undisturbed run takes so many times as long as all faults."""
+ENDLESS = 10**6
+"""Batches of a run that is stopped by the clock."""
 SLOWEST = 5.0
 """A run may take so many times as long as undisturbed before it is given up."""
 
@@ -63,8 +64,7 @@ def main() -> int:
     if given.collect is None:
         _run_all(given, recipe, overrides, folder)
     lines = read_metrics(folder / "undisturbed")
-    undisturbed = paces(lines)
-    seeds = [_report(folder, path, undisturbed, given.results) for path in sorted(folder.glob("seed-*.json"))]
+    seeds = [_report(folder, path, lines, given.results) for path in sorted(folder.glob("seed-*.json"))]
     result = {
         "machine": describe_machine(),
         "load_average": load_average(),
@@ -72,7 +72,7 @@ def main() -> int:
         "overrides": overrides,
         "fleet": describe(given.policies, given.rollouts, given.evaluators),
         "every_s": given.every,
-        "paces": {stage: pace.steps_per_s for stage, pace in undisturbed.items()},
+        "paces": paces(lines),
         "undisturbed_pause_s": max(after["time"] - before["time"] for before, after in pairwise(lines)),
         "seeds": [asdict(it) | {"medians_apart_s": _medians(it)} for it in seeds],
     }
@@ -86,12 +86,8 @@ def _run_all(given: argparse.Namespace, recipe: Recipe, overrides: list[str], fo
         raise SystemExit(f"{given.recipe}: expected a recipe with [train], whose batches make the run long enough")
     kinds, roles = _kinds(given), ["controller", "policy", "rollout", *(["evaluator"] if given.evaluators else [])]
     with _place("cut" in kinds) as namespace:
-        print(f"undisturbed: {given.baseline_batches} batches of RL", flush=True)
         with LiveRun(folder / "undisturbed", namespace.inside if namespace else ()) as run:
-            run.up(given.recipe, [*overrides, f"train.batches={given.baseline_batches}"])
-            if code := run.wait(given.limit):
-                raise SystemExit(f"the undisturbed run ended with code {code}:\n{run.tail()}")
-        batches = given.batches or _batches(recipe, paces(read_metrics(folder / "undisturbed")), given)
+            batches = _run_undisturbed(run, given, overrides)
         for seed in given.seed:
             schedule = make_schedule(seed, given.faults, given.every, roles, kinds, recipe.bus.lost_after_s)
             print(f"seed {seed}: {len(schedule)} faults on {batches} batches of RL", flush=True)
@@ -106,16 +102,28 @@ def _run_all(given: argparse.Namespace, recipe: Recipe, overrides: list[str], fo
             (folder / f"seed-{seed}.json").write_bytes(msgspec.json.encode(done))
 
 
-def _batches(recipe: Recipe, undisturbed: Mapping[str, Pace], given: argparse.Namespace) -> int:
-    """As many batches of RL as fill the time of all faults that SFT leaves."""
-    assert recipe.train is not None
-    sft = undisturbed["sft"].seconds if "sft" in undisturbed else 0.0
-    left = max(given.faults * given.every - sft, given.every)
-    steps = MARGIN * left * undisturbed["train"].steps_per_s
-    return max(given.baseline_batches, math.ceil(steps / (recipe.train.mu * recipe.train.minibatches)))
+def _run_undisturbed(run: LiveRun, given: argparse.Namespace, overrides: list[str]) -> int:
+    """Run for as long as the faults take (or the batches that were given); how many batches of RL that was."""
+    seconds = MARGIN * given.every * given.faults
+    print(f"undisturbed: {f'{given.batches} batches of RL' if given.batches else f'{seconds:.0f} s'}", flush=True)
+    run.up(given.recipe, [*overrides, f"train.batches={given.batches or ENDLESS}"])
+    if given.batches:
+        if code := run.wait(given.limit):
+            raise SystemExit(f"the undisturbed run ended with code {code}:\n{run.tail()}")
+        return int(given.batches)
+    run.wait_for_step(FIRST_STEP_S)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and run.code is None:
+        time.sleep(LOOK_S)
+    run.orrery("down", str(run.folder))
+    run.wait(given.limit)
+    batches = max((line["batch"] for line in read_metrics(run.folder) if line["stage"] == "train"), default=0)
+    if not batches:
+        raise SystemExit(f"the undisturbed run came to no batch of RL in {seconds:.0f} s:\n{run.tail()}")
+    return int(batches)
 
 
-def _report(folder: Path, path: Path, undisturbed: Mapping[str, Pace], results: Path) -> SeedReport:
+def _report(folder: Path, path: Path, undisturbed: Sequence[Line], results: Path) -> SeedReport:
     """Read what one seed's run left; its picture goes to `results`."""
     done = msgspec.json.decode(path.read_bytes(), type=Done)
     run = folder / f"seed-{done.seed}"
@@ -129,7 +137,7 @@ def _report(folder: Path, path: Path, undisturbed: Mapping[str, Pace], results: 
         done.processes,
         lines,
         [Mark(it.at, it.until, it.process.replica, it.name) for it in done.delivered],
-        {stage: pace.steps_per_s for stage, pace in undisturbed.items()},
+        undisturbed_seconds(undisturbed, lines),
         results / f"chaos-{done.seed}.png",
     )
     return report
@@ -182,8 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[1], help="one run a seed")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between faults")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=get_args(Kind), help="cut wants root")
-    parser.add_argument("--batches", type=int, default=0, help="batches of RL (default: as the faults take)")
-    parser.add_argument("--baseline-batches", type=int, default=100, help="batches of RL of the undisturbed run")
+    parser.add_argument("--batches", type=int, default=0, help="batches of RL (default: as many as the faults take)")
     parser.add_argument("--limit", type=float, default=1800.0, help="longest time for a run, in seconds, at least")
     parser.add_argument("--collect", type=Path, help="make the report of the runs in this folder again")
     return parser.parse_args()

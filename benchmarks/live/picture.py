@@ -68,14 +68,12 @@ def spans(timeline: Timeline, processes: Sequence[ServiceProcess], end: float) -
     return [span for span in found if span.end > span.start]
 
 
-def pace(
-    lines: Sequence[Mapping[str, Any]], undisturbed: Mapping[str, float], began: float
-) -> tuple[list[float], list[float]]:
-    """(seconds since `began`, pace) in stretches of BIN_S: steps a second, over the undisturbed ones if given."""
+def pace(lines: Sequence[Mapping[str, Any]], worth: Sequence[float], began: float) -> tuple[list[float], list[float]]:
+    """(seconds since `began`, what the steps in it were worth, a second) in stretches of BIN_S."""
     sums: dict[int, float] = {}
-    for line in lines:
+    for line, each in zip(lines, worth, strict=True):
         place = int((line["time"] - began) / BIN_S)
-        sums[place] = sums.get(place, 0.0) + 1 / undisturbed.get(line["stage"], 1.0)
+        sums[place] = sums.get(place, 0.0) + each
     last = max(sums, default=0)
     return [(i + 0.5) * BIN_S for i in range(last + 1)], [sums.get(i, 0.0) / BIN_S for i in range(last + 1)]
 
@@ -86,17 +84,20 @@ def draw(
     processes: Sequence[ServiceProcess],
     lines: Sequence[Mapping[str, Any]],
     marks: Sequence[Mark],
-    undisturbed: Mapping[str, float],
+    undisturbed: Sequence[float] | None,
     path: Path,
 ) -> None:
-    """Write the picture to `path`. `undisturbed` has steps a second by stage: the pace is told as a share of them."""
+    """Write the picture to `path`. `undisturbed`: the seconds that the step of each line took an undisturbed run.
+
+    With them the pace is told as a share of that run's, without in steps a second.
+    """
     matplotlib.use("Agg")
     began = min(process.started for process in processes)
     names = sorted({p.replica for p in processes}, key=lambda name: (ORDER.index(name.split("-")[0]), name))
     figure = Figure(figsize=(12, 3.0 + 0.32 * len(names)), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 0.4 + 0.32 * len(names)])
     above.set_title(title, fontsize=10)
-    times, values = pace(lines, undisturbed, began)
+    times, values = pace(lines, undisturbed or [1.0] * len(lines), began)
     above.plot(times, values, linewidth=1.2, color="C0")
     above.set_ylabel("pace (1: undisturbed)" if undisturbed else "steps a second", fontsize=9)
     if undisturbed:

@@ -14,7 +14,7 @@ from tests.integration.run import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-OPTIONS = "--policies 1 --rollouts 1 --evaluators 0 --kinds kill --faults 3 --every 10 --seed 1 --baseline-batches 20"
+OPTIONS = "--policies 1 --rollouts 1 --evaluators 0 --kinds kill --faults 3 --every 10 --seed 1"
 
 
 def test_a_run_whose_every_role_is_killed_comes_through_and_is_reported(tmp_path: Path, recipe: Path) -> None:

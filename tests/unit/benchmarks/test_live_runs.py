@@ -9,20 +9,20 @@ import pytest
 
 from benchmarks.controller_kills import outages, started_again
 from benchmarks.elastic import Scaled, members, phases, reached, scalings
-from benchmarks.live.goodput import goodput, newest, paces
+from benchmarks.live.goodput import goodput, newest, paces, undisturbed_seconds
 from benchmarks.live.picture import JOINED, STARTING, WORKING, Mark, draw, spans
 from benchmarks.live.run import ServiceProcess
 from benchmarks.live.verdict import unequal_policies
 from tests.unit.benchmarks.journal import Story
 
 
-def line(time: float, step: int, stage: str = "train", lineage: int = 1, elapsed: float = 1.0) -> dict[str, Any]:
+def line(time: float, step: int, stage: str = "train", lineage: int = 1) -> dict[str, Any]:
     return {
         "time": time,
         "step": step,
         "stage": stage,
         "lineage": lineage,
-        "samples_per_s": 8 / elapsed,
+        "samples_per_s": 8.0,
         "tokens": 100,
     }
 
@@ -36,25 +36,37 @@ def process(replica: str, pid: int, started: float) -> ServiceProcess:
 
 def test_an_undisturbed_run_has_goodput_one_against_itself() -> None:
     lines = [line(float(step), step, "sft") for step in range(5)]
-    lines += [line(4.0 + 3.0 * (step - 4), step, elapsed=3.0) for step in range(5, 10)]
-    pace = paces(lines)
-    assert (pace["sft"].steps_per_s, pace["train"].steps_per_s) == (pytest.approx(1.0), pytest.approx(1 / 3))
-    assert goodput(pace, lines) == pytest.approx(1.0)
-    assert pace["train"].samples == pytest.approx(4 * 8)
+    lines += [line(4.0 + 3.0 * (step - 4), step) for step in range(5, 10)]
+    assert paces(lines) == {"sft": pytest.approx(1.0), "train": pytest.approx(1 / 3)}
+    assert goodput(lines, lines) == pytest.approx(1.0)
 
 
-def test_half_the_pace_is_half_the_goodput_however_long_the_run() -> None:
-    pace = paces([line(float(step), step) for step in range(5)])
-    assert goodput(pace, [line(2.0 * step, step) for step in range(50)]) == pytest.approx(0.5)
+def test_a_step_is_held_against_the_one_with_its_number_since_the_pace_changes() -> None:
+    slower_and_slower = [line(float(step**2), step) for step in range(10)]
+    assert goodput(slower_and_slower, slower_and_slower[:4]) == pytest.approx(1.0)
+    twice = [line(2.0 * step**2, step) for step in range(10)]
+    assert goodput(slower_and_slower, twice) == pytest.approx(0.5)
+
+
+def test_steps_beyond_those_of_the_undisturbed_run_count_with_its_mean() -> None:
+    undisturbed = [line(float(step), step, "sft") for step in range(4)] + [line(6.0, 4), line(9.0, 5)]
+    longer = [line(float(step), step, "sft") for step in range(4)] + [line(3.0 + 3.0 * n, 3 + n) for n in range(1, 5)]
+    assert undisturbed_seconds(undisturbed, longer) == pytest.approx([0, 1, 1, 1, 3, 3, 3, 3])
+    assert goodput(undisturbed, longer) == pytest.approx(1.0)
+
+
+def test_a_stage_that_the_undisturbed_run_did_not_come_to_cannot_be_told() -> None:
+    with pytest.raises(ValueError, match="stage train"):
+        goodput([line(float(step), step, "sft") for step in range(4)], [line(1.0, 0), line(2.0, 1)])
 
 
 def test_steps_that_are_trained_again_count_once() -> None:
-    pace = paces([line(float(step), step) for step in range(5)])
+    undisturbed = [line(float(step), step) for step in range(5)]
     before = [line(float(step), step) for step in range(4)]
     after = [line(4.0 + step, step, lineage=2) for step in range(2, 5)]
     lines = [*before, *after]
     assert [(each["step"], each["lineage"]) for each in newest(lines)] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
-    assert goodput(pace, lines) == pytest.approx(4 / 8)
+    assert goodput(undisturbed, lines) == pytest.approx(4 / 8)
 
 
 def test_a_stage_of_one_step_has_no_pace() -> None:
@@ -155,5 +167,5 @@ def test_a_picture_is_written(tmp_path: Path) -> None:
     processes = [process("controller", 1, 0.0), process("rollout-0", 2, 1.0)]
     lines = [line(3.0, 0), line(9.0, 1)]
     marks = [Mark(4.0, 6.0, "rollout-0", "stop"), Mark(7.0, 7.0, "", "scaled")]
-    draw("a run", story.timeline(), processes, lines, marks, {"train": 1.0}, tmp_path / "run.png")
+    draw("a run", story.timeline(), processes, lines, marks, [0.0, 6.0], tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
