@@ -40,6 +40,10 @@ class Book:
         """Issued and neither consumed nor discarded."""
         return self.issued - self.consumed - self.discarded.keys()
 
+    def is_open(self, group: int) -> bool:
+        """Whether this one is; asked of every group of a run, so at no cost that grows with their number."""
+        return group in self.issued and group not in self.consumed and group not in self.discarded
+
 
 @dataclass
 class Audit:
@@ -174,7 +178,7 @@ class _Fold:
 
     def discarded(self, fact: dict[str, Any]) -> None:
         book = self._book(fact["lineage"])
-        if fact["group"] not in book.open:
+        if not book.is_open(fact["group"]):
             self._fault(f"group {fact['group']} was discarded in lineage {fact['lineage']} though it was not open")
         book.discarded[fact["group"]] = fact["cause"]
 
@@ -200,7 +204,7 @@ class _Fold:
         trained = self._trained.get((lineage, version), set())
         self._audit.bound = max(self._audit.bound, fact["bound"])
         for group in fact["groups"]:
-            if group not in book.open:
+            if not book.is_open(group):
                 self._fault(f"group {group} was consumed in lineage {lineage} though it was not open")
             if group not in trained:
                 self._fault(f"group {group} was consumed without a committed step of version {version}")
@@ -215,7 +219,7 @@ class _Fold:
 
     def judged(self, fact: dict[str, Any]) -> None:
         book = self._book(fact["lineage"])
-        if fact["group"] not in book.open:
+        if not book.is_open(fact["group"]):
             self._fault(f"evaluation group {fact['group']} was judged though it was not open")
         sampled = self._reported.get(fact["group"])
         if sampled != (fact["version"], fact["version"]):
