@@ -19,7 +19,7 @@ OPTIONS = "--policies 1 --rollouts 1 --evaluators 0 --kinds kill --faults 3 --ev
 
 def test_a_run_whose_every_role_is_killed_comes_through_and_is_reported(tmp_path: Path, recipe: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.chaos", "--recipe", str(recipe), *OPTIONS.split()]
-    command += ["--set", "checkpoint.every=10", "--batches", "60", "--limit", "240"]
+    command += ["--set", "checkpoint.every=10", "--limit", "240"]
     command += ["--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
