@@ -7,6 +7,8 @@ PIP_ARGS ?=
 SEEDS ?= 500
 FIRST ?= 0
 JOBS ?= 2
+TIMES ?= 20
+TESTS ?= tests/integration
 
 # longest time for each suite, in seconds; a suite that runs longer fails
 CHECK_BUDGET ?= 600
@@ -38,7 +40,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-slow bench-control-plane bench-sync-loop bench-trl bench-shared-prompt quickstart-table chaos controller-kills elastic model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-slow repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt quickstart-table chaos controller-kills elastic model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +67,10 @@ test-integration: $(STAMP) ## tests with real service processes
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
+
+repeat: $(STAMP) ## integration tests again and again, until one fails (TIMES=20 TESTS=tests/integration/test_policies.py)
+	@for time in $$(seq $(TIMES)); do echo "$$time of $(TIMES)"; \
+		$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -x -m "not slow" $(TESTS) $(ARGS) || exit 1; done
 
 simulate: $(STAMP) ## live SEEDS runs under faults from FIRST on, in virtual time (SEEDS=1 FIRST=n replays one)
 	@$(BUDGETED) $(SIMULATION_BUDGET) $(BIN)/python -m tests.simulation.simulate \

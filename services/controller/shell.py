@@ -17,22 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from msgspec.structs import asdict
-
 from services.controller.core.core import Core
 from services.controller.core.events import (
     AnyEvent,
     DeadlinePassed,
-    HyperparametersRequested,
     MeshIdMinted,
     MessageReceived,
     ReplicaLost,
     ReplicaMessage,
     ReplicaRegistered,
     RunBegan,
-    Steered,
-    SteeringOrder,
-    StopRequested,
     TermBegan,
 )
 from services.controller.core.outcome import (
@@ -48,39 +42,27 @@ from services.controller.core.outcome import (
     Welcome,
     merge_leases,
 )
-from services.controller.core.rules.steering import became
 from services.controller.journal import Journal
 from services.controller.liveness import Liveness
 from services.controller.outputs import Outputs
 from services.controller.rendezvous import Rendezvous
+from services.controller.requests import Request, Requests
 from services.controller.spool import Spool
 from services.controller.status import status
 from shared.bus import Incoming, WireFault
-from shared.config import RecipeError, check_changes, check_scale, dump_recipe
+from shared.config import dump_recipe
 from shared.messages import (
-    Accepted,
     AnyMessage,
-    CheckpointRun,
-    DrainReplica,
-    EvaluateRun,
     Heartbeat,
     HeartbeatReply,
     LeaseRef,
-    PauseRun,
     Refused,
     Register,
     Registered,
-    ReplicaExited,
-    ResumeRun,
-    ScaleFleet,
-    SetHyperparameters,
     Status,
     StatusRequest,
-    StopRun,
     StoreGet,
     StoreSet,
-    Wanted,
-    WantedRequest,
 )
 from shared.telemetry import get_logger
 
@@ -162,6 +144,7 @@ class Shell:
         self._recipe = core.recipe
         self._liveness = Liveness(core.recipe.bus.lost_after_s)
         self._rendezvous = Rendezvous()
+        self._requests = Requests(core, self._now, self._step, self._answer, bus.reply)
         self._peers: dict[tuple[str, int], tuple[int, bytes]] = {}
         self._registers: dict[tuple[str, int, int], Incoming] = {}
         self._decided = _Commit()
@@ -271,20 +254,8 @@ class Shell:
                 counters = dict(sorted(self._bus.counters.items()))
                 run = status(self._core.state, self._recipe, self._liveness, counters, now)
                 self._bus.reply(incoming, Status(run))
-            case StopRun(cause=cause):
-                if not self._core.state.stages.stopping:
-                    self._step(StopRequested(at=self._now(), cause=cause))
-                self._answer(
-                    incoming, Accepted("the batch in hand is finished, a checkpoint written, then the run ends")
-                )
-            case SetHyperparameters():
-                self._take_changes(incoming, envelope.body)
-            case PauseRun() | ResumeRun() | CheckpointRun() | EvaluateRun() | DrainReplica() | ScaleFleet():
-                self._take_order(incoming, envelope.body)
-            case WantedRequest():
-                self._answer(incoming, self._wanted())
-            case ReplicaExited():
-                self._take_exit(incoming, envelope.body)
+            case body if isinstance(body, Request):
+                self._requests.take(incoming, body)
             case Refused():
                 log.warning("a replica refused a message", who=envelope.sender, fault=envelope.body.fault)
             case body if body.reliable:
@@ -346,52 +317,6 @@ class Shell:
             got=refusal.got,
         )
         self._answer(incoming, refusal)
-
-    def _take_changes(self, incoming: Incoming, message: SetHyperparameters) -> None:
-        try:
-            hyperparameters, step = self._core.state.hyperparameters, self._next_step(message.at_step)
-            changes = check_changes(self._recipe, hyperparameters.at(step), message.changes)
-        except RecipeError as error:
-            advice = "change only live fields, within their range"
-            self._bus.reply(incoming, Refused("hyperparameter", str(error), str(message.changes), advice))
-            return
-        if not hyperparameters.holds(changes, step):  # a question is asked until answered
-            self._step(HyperparametersRequested(at=self._now(), changes=changes, at_step=message.at_step))
-        at = max((change.at_step for change in hyperparameters.pending if change.changes == changes), default=None)
-        self._answer(incoming, Accepted("in force already" if at is None else f"in force from step {at} on"))
-
-    def _wanted(self) -> Wanted:
-        core = self._core.state
-        draining = [replica.name for replica in core.fleet.live() if core.fleet.goes(replica)]
-        return Wanted([] if core.stages.outcome else list(core.scaling.wanted), draining)
-
-    def _take_order(self, incoming: Incoming, order: SteeringOrder) -> None:
-        """A person steers: refuse what cannot be, take what is new, and say what became of it."""
-        verdict = self._core.judge_order(order)
-        if verdict == "fresh" and isinstance(order, ScaleFleet):
-            try:
-                check_scale(self._recipe, order.replicas)
-            except RecipeError as error:
-                verdict = Refused("replica", str(error), str(order.replicas), "ask for numbers that the recipe allows")
-        if isinstance(verdict, Refused):
-            self._bus.reply(incoming, verdict)
-            return
-        if verdict == "fresh":
-            self._step(Steered(at=self._now(), order=order))
-            log.info("steered", order=type(order).__name__, **asdict(order))
-        self._answer(incoming, Accepted(became(self._core.state, order)))
-
-    def _next_step(self, wanted: int | None) -> int:
-        """The first step, from `wanted` on, that a change could still come into force with."""
-        state = self._core.state
-        return max(wanted or 0, state.lineages.committed.step + (state.steps.step is not None))
-
-    def _take_exit(self, incoming: Incoming, message: ReplicaExited) -> None:
-        replica = self._core.state.fleet.replicas.get(message.replica)
-        if replica is not None and replica.live and message.pid in replica.pids.values():
-            cause = f"process {message.pid} ended with code {message.code}"
-            self._step(ReplicaLost(at=self._now(), replica=replica.name, incarnation=replica.incarnation, cause=cause))
-        self._answer(incoming, Accepted("noted"))
 
     def _answer(self, incoming: Incoming, message: AnyMessage) -> None:
         """Reply once what it speaks of is durable."""
