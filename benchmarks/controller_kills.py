@@ -23,12 +23,12 @@ import msgspec
 
 from benchmarks.live.goodput import goodput, read_metrics, undisturbed_seconds
 from benchmarks.live.picture import Mark, draw
-from benchmarks.live.recipe import add_options, describe, fleet_of
+from benchmarks.live.recipe import add_options, describe, fleet_of, folder_of
 from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import Timeline, read_timeline
 from benchmarks.live.verdict import Verdict, judge
 from benchmarks.live.watch import Watch
-from benchmarks.machine import ROOT, describe_machine, load_average, write_results
+from benchmarks.machine import describe_machine, load_average, write_results
 
 CONTROLLER = "controller"
 LOOK_S = 0.05
@@ -61,9 +61,7 @@ def main() -> int:
     """Undisturbed run, killed run, report."""
     given = _options()
     leave_nothing_behind()
-    folder = (
-        given.collect or given.folder or ROOT / "runs" / time.strftime("controller-kills-%Y%m%d-%H%M%S")
-    ).absolute()
+    folder = folder_of(given, "controller-kills")
     overrides = fleet_of(given)
     kept = folder / "killed.json"
     if given.collect is None:
@@ -222,8 +220,6 @@ def _options() -> argparse.Namespace:
     )
     add_options(parser, policies=1, rollouts=2, evaluators=1)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--limit", type=float, default=1800.0, help="longest time for a run, in seconds")
-    parser.add_argument("--collect", type=Path, help="make the report of the runs in this folder again")
     return parser.parse_args()
 
 

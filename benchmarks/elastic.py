@@ -22,12 +22,12 @@ import msgspec
 
 from benchmarks.live.goodput import newest, read_metrics
 from benchmarks.live.picture import Mark, draw
-from benchmarks.live.recipe import add_options, fleet_of
+from benchmarks.live.recipe import add_options, fleet_of, folder_of
 from benchmarks.live.run import LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import Life, Timeline, read_timeline
 from benchmarks.live.verdict import judge
 from benchmarks.live.watch import Watch
-from benchmarks.machine import ROOT, describe_machine, load_average, write_results
+from benchmarks.machine import describe_machine, load_average, write_results
 
 LOOK_S = 0.1
 
@@ -57,7 +57,7 @@ def main() -> int:
     """One run, report."""
     given = _options()
     leave_nothing_behind()
-    folder = (given.collect or given.folder or ROOT / "runs" / time.strftime("elastic-%Y%m%d-%H%M%S")).absolute()
+    folder = folder_of(given, "elastic")
     kept = folder / "run.json"
     if given.collect is None:
         with LiveRun(folder / "run") as run:
@@ -212,8 +212,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--to-policies", type=int, default=3, help="policies that the run grows to")
     parser.add_argument("--to-rollouts", type=int, default=3, help="rollouts that the run grows to")
     parser.add_argument("--batches", type=int, default=240, help="batches of RL")
-    parser.add_argument("--limit", type=float, default=1800.0, help="longest time for a third of the run, in seconds")
-    parser.add_argument("--collect", type=Path, help="make the report of the run in this folder again")
     return parser.parse_args()
 
 

@@ -27,7 +27,7 @@ from benchmarks.chaos.report import SeedReport, as_markdown
 from benchmarks.chaos.schedule import KINDS, Kind, make_schedule
 from benchmarks.live.goodput import Line, goodput, paces, read_metrics, undisturbed_seconds
 from benchmarks.live.picture import Mark, draw
-from benchmarks.live.recipe import add_options, describe, fleet_of
+from benchmarks.live.recipe import add_options, describe, fleet_of, folder_of
 from benchmarks.live.run import LOOK_S, LiveRun, ServiceProcess, leave_nothing_behind
 from benchmarks.live.timeline import read_timeline
 from benchmarks.live.verdict import judge
@@ -58,7 +58,7 @@ def main() -> int:
     """Undisturbed run, one run a seed, report."""
     given = _options()
     leave_nothing_behind()
-    folder = (given.collect or given.folder or ROOT / "runs" / time.strftime("chaos-%Y%m%d-%H%M%S")).absolute()
+    folder = folder_of(given, "chaos")
     overrides = fleet_of(given)
     recipe = load_recipe(given.recipe, overrides)
     if given.collect is None:
@@ -191,8 +191,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=60.0, help="seconds between faults")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=get_args(Kind), help="cut wants root")
     parser.add_argument("--batches", type=int, default=0, help="batches of RL (default: as many as the faults take)")
-    parser.add_argument("--limit", type=float, default=1800.0, help="longest time for a run, in seconds, at least")
-    parser.add_argument("--collect", type=Path, help="make the report of the runs in this folder again")
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from services.policy.trainer import Snapshot, Stage, Trainer
-from shared.mesh import Mesh, MeshError
+from shared.mesh import MeshError
 from shared.mesh.membership import MeshMembership
 from shared.messages import (
     AnyMessage,
@@ -35,13 +35,12 @@ from shared.messages import (
 )
 from shared.telemetry import get_logger
 from shared.weights import StagedWeights, TensorSpec, WeightsError, digest_of, receive_weights, send_weights
-from shared.weights.staging import allocate, load_tensors, manifest_of, named_weights
+from shared.weights.staging import allocate, load_tensors, manifest_of, named_weights, spec_of
+from shared.weights.transfer import receive_head, send_head
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
 HEAD_LIMIT = 1 << 16
 """Most bytes of a head; more is no head."""
-SOURCE = 0
-"""Mesh rank of the sender."""
 DIGESTS_KEPT = 4
 """Positions whose digest is remembered, for a question that comes again after the next steps."""
 
@@ -89,8 +88,8 @@ def manifest_for(head: Head, model: PreTrainedModel) -> list[TensorSpec]:
                 for kind in (*moments, *masters)
             ]
     if head.reference is not None:
-        found += [_spec(REFERENCE + name, parameter) for name, parameter in model.named_parameters()]
-    return [*found, _spec(RANDOM, torch.get_rng_state())]
+        found += [spec_of(REFERENCE + name, parameter) for name, parameter in model.named_parameters()]
+    return [*found, spec_of(RANDOM, torch.get_rng_state())]
 
 
 def restore(trainer: Trainer, head: Head, tensors: dict[str, Tensor]) -> None:
@@ -133,9 +132,9 @@ class Peers:
             self._fail(message.epoch, f"asked for the state of {message.position}, but holds {trainer.position}")
             return
         head, tensors = head_of(trainer), tensors_of(trainer)
-        memory, copies = allocate([_spec(name, tensor) for name, tensor in tensors.items()])
+        manifest = [spec_of(name, tensor) for name, tensor in tensors.items()]
+        memory, copies = allocate(manifest)
         load_tensors(copies, tensors)
-        manifest = [_spec(name, tensor) for name, tensor in tensors.items()]
         staged = StagedWeights(manifest, memory, copies, state_digest(head, copies))
         self._sent = {message.epoch: None}  # an epoch carries one state, and only the last one can be asked for again
         self._worker.submit(self._transfer, message, head, staged)
@@ -150,7 +149,7 @@ class Peers:
             with self._meshes.using(message.epoch) as mesh:
                 trainer = make(message.position)
                 try:
-                    head = _receive_head(mesh)
+                    head = _read(receive_head(mesh, HEAD_LIMIT))
                     if head.position != message.position:
                         raise WeightsError(f"expected the state of {message.position}, got that of {head.position}")
                     arrived = receive_weights(manifest_for(head, trainer.model), mesh, self._bucket_bytes)
@@ -196,7 +195,9 @@ class Peers:
         try:
             with self._meshes.using(message.epoch) as mesh:
                 try:
-                    size = _send_head(head, mesh) + send_weights(staged, mesh, self._bucket_bytes)
+                    scalars = msgspec.msgpack.encode(head)
+                    send_head(scalars, mesh)
+                    size = len(scalars) + send_weights(staged, mesh, self._bucket_bytes)
                 except WeightsError as error:
                     raise MeshError(f"the state was refused: {error}") from error
         except MeshError as error:
@@ -219,25 +220,8 @@ class Peers:
             get_logger().warning("the state was not sent", epoch=epoch, why=str(error))
 
 
-def _send_head(head: Head, mesh: Mesh) -> int:
-    raw = bytearray(msgspec.msgpack.encode(head))
-    mesh.broadcast(torch.tensor([len(raw)], dtype=torch.int64), SOURCE)
-    mesh.broadcast(torch.frombuffer(raw, dtype=torch.uint8), SOURCE)
-    return len(raw)
-
-
-def _receive_head(mesh: Mesh) -> Head:
-    length = torch.zeros(1, dtype=torch.int64)
-    mesh.broadcast(length, SOURCE)
-    if not 0 < int(length) <= HEAD_LIMIT:
-        raise WeightsError(f"expected a head of 1 to {HEAD_LIMIT} bytes, got a length of {int(length)}")
-    raw = torch.zeros(int(length), dtype=torch.uint8)
-    mesh.broadcast(raw, SOURCE)
+def _read(head: bytes) -> Head:
     try:
-        return msgspec.msgpack.decode(raw.numpy().tobytes(), type=Head)
+        return msgspec.msgpack.decode(head, type=Head)
     except msgspec.MsgspecError as error:
         raise WeightsError(f"expected the scalars of a state, got bytes that are none: {error}") from error
-
-
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))

@@ -60,10 +60,12 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def manifest_of(model: nn.Module) -> list[TensorSpec]:
     """What a staged copy of `model` would hold."""
-    return [
-        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for name, tensor in named_weights(model).items()
-    ]
+    return [spec_of(name, tensor) for name, tensor in named_weights(model).items()]
+
+
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """What a manifest says of a tensor."""
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
 
 
 def stage(model: nn.Module) -> StagedWeights:

@@ -32,13 +32,29 @@ class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bucket_bytes: int
 
 
+def send_head(head: bytes, mesh: Mesh) -> None:
+    """Broadcast what receivers have to know first, from rank 0: its length (int64), then its bytes."""
+    mesh.broadcast(torch.tensor([len(head)], dtype=torch.int64), SOURCE)
+    mesh.broadcast(torch.frombuffer(bytearray(head), dtype=torch.uint8), SOURCE)
+
+
+def receive_head(mesh: Mesh, limit: int) -> bytes:
+    """What rank 0 sends by `send_head`. WeightsError for more than `limit` bytes, or none."""
+    length = torch.zeros(1, dtype=torch.int64)
+    mesh.broadcast(length, SOURCE)
+    if not 0 < int(length) <= limit:
+        raise WeightsError(f"expected a head of 1 to {limit} bytes from the source, got a length of {int(length)}")
+    raw = torch.zeros(int(length), dtype=torch.uint8)
+    mesh.broadcast(raw, SOURCE)
+    return raw.numpy().tobytes()
+
+
 def send_weights(staged: StagedWeights, mesh: Mesh, bucket_bytes: int) -> int:
     """Send the staged copy to all other ranks; returns the bytes that went out. MeshError if a peer fails."""
     if mesh.rank != SOURCE:
         raise WeightsError(f"expected mesh rank {SOURCE} as the source of weights, got rank {mesh.rank}")
     head = msgspec.msgpack.encode(_Head(staged.manifest, bucket_bytes))
-    mesh.broadcast(torch.tensor([len(head)], dtype=torch.int64), SOURCE)
-    mesh.broadcast(torch.frombuffer(bytearray(head), dtype=torch.uint8), SOURCE)
+    send_head(head, mesh)
     _vote(mesh, None)
     for bucket in _buckets(staged.memory, bucket_bytes):
         mesh.broadcast(bucket, SOURCE)
@@ -50,13 +66,7 @@ def receive_weights(manifest: Sequence[TensorSpec], mesh: Mesh, bucket_bytes: in
 
     WeightsError, before any weight travels, if the source's manifest is not `manifest` (of the receiver's own model).
     """
-    length = torch.zeros(1, dtype=torch.int64)
-    mesh.broadcast(length, SOURCE)
-    if not 0 < int(length) <= HEAD_LIMIT:
-        raise WeightsError(f"expected a head of 1 to {HEAD_LIMIT} bytes from the source, got a length of {int(length)}")
-    raw = torch.zeros(int(length), dtype=torch.uint8)
-    mesh.broadcast(raw, SOURCE)
-    _vote(mesh, _objection(manifest, raw.numpy().tobytes(), bucket_bytes))
+    _vote(mesh, _objection(manifest, receive_head(mesh, HEAD_LIMIT), bucket_bytes))
     memory, tensors = allocate(manifest)
     for bucket in _buckets(memory, bucket_bytes):
         mesh.broadcast(bucket, SOURCE)

@@ -19,7 +19,7 @@ from typing import Literal
 
 import msgspec
 
-from shared.messages import DatasetIdentity, Position, Register, Role
+from shared.messages import DatasetIdentity, MeshMember, Position, Register, Role
 
 ReplicaState = Literal["joining", "loading", "stale", "ready", "draining", "left", "lost"]
 PROCESSES_KEPT = 64
@@ -54,6 +54,11 @@ class Replica(msgspec.Struct):
     def live(self) -> bool:
         """Whether this incarnation may still act."""
         return self.state in LIVE
+
+    @property
+    def member(self) -> MeshMember:
+        """It as a member of a mesh."""
+        return MeshMember(self.name, self.incarnation, 0)
 
 
 class Fleet(msgspec.Struct):

@@ -126,7 +126,10 @@ class Weights(msgspec.Struct):
         self.waiting.get(role, {}).pop(name, None)
         self.resting[name] = role
 
+    def over(self, epochs: list[int]) -> list[Edge]:
+        """The edges over these meshes, such as all that a replica is in."""
+        return [self.edges[epoch] for epoch in epochs if epoch in self.edges]
+
     def travelling_to(self, name: str, held: Position | None, epochs: list[int]) -> bool:
         """Whether other weights than it holds are on their way to a replica, over one of the meshes that it is in."""
-        edges = (self.edges.get(epoch) for epoch in epochs)
-        return any(edge is not None and edge.receiver == name and edge.position not in (None, held) for edge in edges)
+        return any(edge.receiver == name and edge.position not in (None, held) for edge in self.over(epochs))

@@ -63,5 +63,5 @@ def needed(state: State, replica: Replica) -> bool:
         return True
     if saving is not None and saving.replica == replica.name:
         return True
-    edges = (state.weights.edges.get(epoch) for epoch in state.meshes.epochs_of(replica.name))
-    return any(edge is not None and edge.source == replica.name and edge.position is not None for edge in edges)
+    edges = state.weights.over(state.meshes.epochs_of(replica.name))
+    return any(edge.source == replica.name and edge.position is not None for edge in edges)

@@ -7,7 +7,7 @@ from services.controller.core.joining import Comparison, Join, Torn
 from services.controller.core.meshes import RETRY_MOST_S, RETRY_S, Mesh, Purpose
 from services.controller.core.outcome import CaughtUp, Compared, MintMeshId
 from services.controller.core.rules.losing import anyone_holds
-from services.controller.core.rules.members import gradients_mesh, member, members, same
+from services.controller.core.rules.members import gradients_mesh, members, same
 from services.controller.core.rules.syncing import revoke_mesh
 from services.controller.core.rules.training import abort_step
 from services.controller.core.state import Turn
@@ -62,7 +62,7 @@ def _keep_join(turn: Turn) -> bool:
         return True
     live = state.meshes.meshes
     stands = joiner.state == "stale" and join.state_mesh in live and join.gradients_mesh in live
-    if stands and same(join.members, [member(replica) for replica in (*members(turn), joiner)]):
+    if stands and same(join.members, [replica.member for replica in (*members(turn), joiner)]):
         return False
     _end_join(turn, f"{join.joiner} cannot join as it was to")
     if all(state.fleet.is_current(m.replica, m.incarnation) for m in join.members):
@@ -288,6 +288,6 @@ def _pause(turn: Turn) -> None:
 def _begin(turn: Turn, purpose: Purpose, group: list[Replica]) -> Mesh:
     state = turn.state
     until = state.now + turn.recipe.timeouts.mesh_s
-    mesh = state.meshes.begin(purpose, turn.recipe.weights.backend, [member(replica) for replica in group], until)
+    mesh = state.meshes.begin(purpose, turn.recipe.weights.backend, [replica.member for replica in group], until)
     turn.effect(MintMeshId(mesh.epoch, mesh.backend))
     return mesh

@@ -58,7 +58,7 @@ def undecided(turn: Turn) -> bool:
 
 def gradients_mesh(turn: Turn, group: list[Replica]) -> Mesh | None:
     """The newest gradients mesh of exactly these."""
-    live, named = turn.state.meshes.meshes, [member(replica) for replica in group]
+    live, named = turn.state.meshes.meshes, [replica.member for replica in group]
     known = [live[epoch] for epoch in turn.state.joining.gradients if epoch in live]
     return next((mesh for mesh in reversed(known) if same(mesh.members, named)), None)
 
@@ -66,11 +66,6 @@ def gradients_mesh(turn: Turn, group: list[Replica]) -> Mesh | None:
 def same(one: list[MeshMember], other: list[MeshMember]) -> bool:
     """Whether these are the same incarnations, in whatever order."""
     return {(m.replica, m.incarnation) for m in one} == {(m.replica, m.incarnation) for m in other}
-
-
-def member(replica: Replica) -> MeshMember:
-    """A replica as a member of a mesh."""
-    return MeshMember(replica.name, replica.incarnation, 0)
 
 
 def _stands(turn: Turn, join: Join) -> bool:

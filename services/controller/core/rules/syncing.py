@@ -17,7 +17,7 @@ from services.controller.core.rules.judging import gating_round_due, round_due
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.state import Turn
 from services.controller.core.weights import Edge, Publication
-from shared.messages import MeshMember, Position, RevokeMesh, Role, WeightsLoaded, WeightsSent
+from shared.messages import Position, RevokeMesh, Role, WeightsLoaded, WeightsSent
 
 LOOKED_AT = 64
 """Candidates looked at before one is taken that has just failed with the same source."""
@@ -133,9 +133,9 @@ def _may_relay(turn: Turn, replica: Replica, publication: Publication) -> bool:
 def _room(turn: Turn, source: Replica) -> bool:
     """Whether a source may have one more edge; an edge that has been slow for long counts no more."""
     state, table = turn.state, turn.recipe.weights
-    edges = (state.weights.edges.get(epoch) for epoch in state.meshes.epochs_of(source.name))
+    edges = state.weights.over(state.meshes.epochs_of(source.name))
     since = state.now - table.slow_s
-    busy = sum(edge is not None and edge.source == source.name and edge.since > since for edge in edges)
+    busy = sum(edge.source == source.name and edge.since > since for edge in edges)
     return busy < table.fanout
 
 
@@ -161,13 +161,12 @@ def _next_receiver(turn: Turn, role: Role, source: Replica, *, strict: bool) -> 
 def _fit(turn: Turn, name: str, role: Role) -> Replica | None:
     """A candidate, if it is behind and may be sent weights now; else it is taken off the list."""
     state, replica = turn.state, turn.state.fleet.replicas[name]
-    held, epochs = replica.position, state.meshes.epochs_of(name)
+    held, edges = replica.position, state.weights.over(state.meshes.epochs_of(name))
     loaded = replica.state in ("stale", "ready") and replica.confirmed and replica.role == role
     lineage, version = state.weights.target
     enough = state.weights.interval if role == "rollout" else 1
     behind = held is None or held.lineage != lineage or version - held.version >= enough
-    edges = (state.weights.edges.get(epoch) for epoch in epochs)
-    if not loaded or not behind or any(edge is not None and edge.receiver == name for edge in edges):
+    if not loaded or not behind or any(edge.receiver == name for edge in edges):
         del state.weights.waiting[role][name]
         return None
     if not state.meshes.may_begin(name, state.now):
@@ -183,7 +182,7 @@ def _meet(turn: Turn, source: Replica, receiver: Replica) -> None:
     for name in (source.name, receiver.name):
         _drop_idle(turn, name)
     until = state.now + turn.recipe.timeouts.mesh_s
-    members = [_member(source), _member(receiver)]
+    members = [source.member, receiver.member]
     mesh = state.meshes.begin("weights", turn.recipe.weights.backend, members, until)
     _pair_up(turn, mesh, source, receiver)
     turn.effect(MintMeshId(mesh.epoch, mesh.backend))
@@ -369,7 +368,3 @@ def _at_rest(turn: Turn) -> bool:
     if steps.step is not None and steps.step.state == "committed":
         return False
     return steps.batch is None or steps.batch.index == 0
-
-
-def _member(replica: Replica) -> MeshMember:
-    return MeshMember(replica.name, replica.incarnation, 0)

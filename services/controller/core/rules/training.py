@@ -16,7 +16,7 @@ from services.controller.core.ledger import Group, GroupState
 from services.controller.core.outcome import Aborted, Assigned, Committed, Consumed, Discarded, RecordMetrics, Revised
 from services.controller.core.rules.draining import somebody_hands_over
 from services.controller.core.rules.judging import gating_round_due
-from services.controller.core.rules.members import begin_transfer, member, step_members, undecided
+from services.controller.core.rules.members import begin_transfer, step_members, undecided
 from services.controller.core.rules.mustering import mustered
 from services.controller.core.state import Turn
 from services.controller.core.steps import Batch, Step
@@ -130,7 +130,7 @@ def begin_step(turn: Turn) -> bool:
             step=state.lineages.committed.step,
             attempt=state.steps.next_attempt(),
             state="computing",
-            members=[member(replica) for replica in members],
+            members=[replica.member for replica in members],
             shares=_share(groups, members),
             tokens=sum(sum(group.lengths) for group in groups),
             sequences=sum(len(group.lengths) for group in groups),
