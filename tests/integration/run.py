@@ -6,6 +6,7 @@ ended, by its process id.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -211,16 +212,23 @@ class Run:
                 continue
         return found
 
-    def pids(self, role: str) -> list[int]:
-        """Process ids of the services of a role."""
+    def commands(self) -> list[tuple[int, list[str]]]:
+        """Process id and command line of every live process of this run; one that dies meanwhile is left out."""
         found = []
         for process in self.processes():
-            try:
-                if f"services.{role}" in process.cmdline():
-                    found.append(process.pid)
-            except psutil.NoSuchProcess:
-                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append((process.pid, process.cmdline()))
         return found
+
+    def pids(self, role: str) -> list[int]:
+        """Process ids of the services of a role."""
+        return [pid for pid, command in self.commands() if f"services.{role}" in command]
+
+    def pid_of(self, replica: str) -> int:
+        """Process id of one replica."""
+        found = [pid for pid, command in self.commands() if command[-2:] == ["--replica", replica]]
+        assert len(found) == 1, f"{replica}: {found}\n{self.story()}"
+        return found[0]
 
     def all_gone(self) -> bool:
         """Whether no process is left."""
@@ -261,7 +269,7 @@ class Run:
         for path in [self.outputs, self.folder / "metrics.jsonl", *sorted(logs.glob("*.out"))]:
             if path.exists():
                 parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]))
-        running = [f"{process.pid} {' '.join(process.cmdline())}" for process in self.processes()]
+        running = [f"{pid} {' '.join(command)}" for pid, command in self.commands()]
         return "\n".join([*parts, "--- running", *running])
 
     # --- judging ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from deploy.cli.live.sources import ask_controller
@@ -48,11 +47,6 @@ def assert_only_true_weights(run: Run) -> None:
         assert fact["digest"] == true[fact["lineage"], fact["version"]], fact
 
 
-def process_of(run: Run, replica: str) -> psutil.Process:
-    [found] = [process for process in run.processes() if replica in process.cmdline()]
-    return found
-
-
 def travelling(run: Run) -> list[list[str]]:
     """[source, receiver] of each transfer that is under way now."""
     answer = ask_controller(run.folder, 5.0)
@@ -82,7 +76,7 @@ def in_mid_transfer(run: Run, receiver: str) -> str:
 
     It may be stopped while it forms a mesh, or while everybody waits for its samples: then it goes on for a while.
     """
-    pid = process_of(run, receiver).pid
+    pid = run.pid_of(receiver)
     for _ in range(20):
         os.kill(pid, signal.SIGSTOP)
         until = time.monotonic() + STOPPED_S
@@ -111,7 +105,7 @@ def test_a_receiver_and_a_source_killed_in_mid_transfer_hold_nobody_back(new_run
 
     in_mid_transfer(run, "rollout-4")
     version = trained(run)
-    os.kill(process_of(run, "rollout-4").pid, signal.SIGKILL)
+    os.kill(run.pid_of("rollout-4"), signal.SIGKILL)
     run.wait_for(lambda: synced_to(run, names - {"rollout-4"}, version), "weights for those that were not killed")
 
     for receiver in ("rollout-3", "rollout-2", "rollout-1", "rollout-0", "rollout-3", "rollout-2"):
@@ -119,12 +113,12 @@ def test_a_receiver_and_a_source_killed_in_mid_transfer_hold_nobody_back(new_run
         source = in_mid_transfer(run, receiver)
         if source.startswith("rollout"):
             break
-        os.kill(process_of(run, receiver).pid, signal.SIGCONT)
+        os.kill(run.pid_of(receiver), signal.SIGCONT)
     else:
         pytest.fail("no receiver was served by a relay")
     killed = time.time()
-    os.kill(process_of(run, source).pid, signal.SIGKILL)
-    os.kill(process_of(run, receiver).pid, signal.SIGCONT)
+    os.kill(run.pid_of(source), signal.SIGKILL)
+    os.kill(run.pid_of(receiver), signal.SIGCONT)
     gone = {"type": "gone", "replica": source}
     run.wait_for(lambda: any(gone.items() <= fact.items() for fact in run.facts("gone")), f"news of {source}'s end")
     version = trained(run)

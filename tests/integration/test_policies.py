@@ -19,13 +19,6 @@ def compared(run: Run) -> list[dict[str, Any]]:
     return run.facts("compared")
 
 
-def pid_of(run: Run, name: str) -> int:
-    """The process of one replica."""
-    found = [process.pid for process in run.processes() if process.cmdline()[-2:] == ["--replica", name]]
-    assert len(found) == 1, f"{name}: {found}\n{run.story()}"
-    return found[0]
-
-
 def members(run: Run) -> list[int]:
     """How many policies shared each step, in the order of metrics.jsonl."""
     return [line["members"] for line in run.metrics()]
@@ -61,7 +54,7 @@ def test_two_policies_share_every_step_and_end_equal(new_run: NewRun, recipe: Pa
 def test_a_policy_killed_in_mid_step_costs_a_redo_and_joins_again(new_run: NewRun, recipe: Path, name: str) -> None:
     run = new_run().up(recipe, "policy.replicas=2", "sft.batches=100000", "checkpoint.every=10")
     run.wait_for_steps(5, "sft")
-    run.signal(pid_of(run, name), signal.SIGKILL)
+    run.signal(run.pid_of(name), signal.SIGKILL)
     run.wait_for(lambda: run.facts("caught_up"), f"{name} to join again")
     end_after_a_comparison(run, of=2)
     (back,) = run.facts("caught_up")
@@ -73,7 +66,7 @@ def test_a_policy_killed_in_mid_step_costs_a_redo_and_joins_again(new_run: NewRu
 def test_when_both_are_killed_the_run_rolls_back_and_both_are_members_again(new_run: NewRun, recipe: Path) -> None:
     run = new_run().up(recipe, "policy.replicas=2", "sft.batches=10", "train.batches=40", "train.mu=2")
     run.wait_for_steps(4, "train")
-    for pid in (pid_of(run, "policy-0"), pid_of(run, "policy-1")):
+    for pid in (run.pid_of("policy-0"), run.pid_of("policy-1")):
         run.signal(pid, 9)
     assert run.wait() == 0, run.story()
     audit = run.assert_complete()
@@ -89,6 +82,6 @@ def test_three_policies_lose_one_after_the_other(new_run: NewRun, recipe: Path) 
     run = new_run().up(recipe, "policy.replicas=3", "sft.batches=100000", "checkpoint.every=10")
     run.wait_for_steps(5, "sft")
     for number, name in enumerate(("policy-0", "policy-2", "policy-1"), 1):
-        run.signal(pid_of(run, name), signal.SIGKILL)
+        run.signal(run.pid_of(name), signal.SIGKILL)
         run.wait_for(lambda number=number: len(run.facts("caught_up")) >= number, f"{name} to join again")
     end_after_a_comparison(run, of=3)
