@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Reduction = Literal["token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant"]
+from services.policy.correction import (
+    LOG_RATIO_LIMIT,
+    CorrectionSettings,
+    importance_weights,
+    outside_band,
+    ratio_of,
+)
 
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to +-20 before exp: far outside any trust band, still finite in float32."""
+Reduction = Literal["token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant"]
 
 CHUNK_ELEMENTS = 1 << 22
 """Most logits (tokens x vocabulary) whose softmax exists at one time."""
@@ -130,7 +135,7 @@ class GrpoSettings:
     clip_low: float
     clip_high: float
     kl_weight: float
-    is_cap: float
+    importance: CorrectionSettings
 
 
 def k3(log_ratio: Tensor) -> Tensor:
@@ -150,31 +155,31 @@ def grpo_loss(
     advantages: Tensor,
     entropy: Tensor,
     weights: Tensor,
+    lengths: Tensor,
     settings: GrpoSettings,
     *,
     tokens: int,
 ) -> LossResult:
-    """Clipped policy-gradient loss with decoupled importance weights and optional KL; every tensor is [T].
+    """Clipped policy-gradient loss with decoupled importance weights and optional KL; tensors are [T], `lengths` [N].
 
         L = sum_t w_t * ( -c_t * min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_weight * k3_t )
         r_t  = exp(logp_t - old_t)                          PPO ratio to the weights that the batch started from
-        c_t  = min(exp(old_t - engine_t), is_cap)           detached; what the engine sampled from against `old`
+        c_t  = `importance_weights` of old_t - engine_t     detached; what the engine sampled from against `old`
         k3_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1   KL to the reference, gradient through logp
 
-    Sources: GRPO arXiv 2402.03300; asymmetric clip ("clip-higher") DAPO arXiv 2503.14476; the truncated importance
-    weight is AIPO's, LlamaRL arXiv 2505.24034. `old`, `engine` and `reference` carry no gradient. `reference_logprobs`
-    None leaves the KL term out. `tokens` is the global token count, the denominator of the metrics.
+    Sources: GRPO arXiv 2402.03300; asymmetric clip ("clip-higher") DAPO arXiv 2503.14476. `old`, `engine` and
+    `reference` carry no gradient. `reference_logprobs` None leaves the KL term out. `lengths` int64 are those of the N
+    sequences here. `tokens` is the global token count, the denominator of the metrics.
     """
     old, engine = old_logprobs.detach(), engine_logprobs.detach()
-    drift = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = torch.exp(drift)
+    drift = logprobs - old
+    ratio = ratio_of(drift)
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
 
     mismatch = old - engine
-    importance = torch.exp(mismatch.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    truncated = importance.clamp(max=settings.is_cap)
-    per_token = -truncated * surrogate
+    importance = importance_weights(mismatch, lengths, settings.importance)
+    per_token = -importance.weights * surrogate
 
     share = 1.0 / max(1, tokens)
     sums: dict[str, Tensor] = {}
@@ -193,8 +198,9 @@ def grpo_loss(
             "kl_old": k3(drift).sum() * share,
             "mismatch_abs": mismatch.abs().sum() * share,
             "mismatch_kl": k3(mismatch).sum() * share,
-            "importance_mean": truncated.sum() * share,
-            "importance_truncated": (importance > settings.is_cap).sum() * share,
+            "mismatch_outside": outside_band(mismatch, settings.importance).sum() * share,
+            "importance_mean": importance.weights.sum() * share,
+            "importance_cut": importance.cut.sum() * share,
         }
         maxima = {"mismatch_max": mismatch.abs().max()} if mismatch.numel() else {}
     return LossResult(loss, sums, maxima)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from services.policy.batch import Frame, MicroBatch, micro_batches, rows_of, sequences_of
+from services.policy.correction import Correction, CorrectionSettings, Level
 from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_logprobs, token_weights
 from services.policy.optimizer import Optimizer
 from services.policy.reduce import reduce_gradients, reduce_metrics
@@ -237,6 +238,7 @@ class Trainer:
             micro.advantages,
             entropy,
             weights,
+            micro.lengths,
             settings,
             tokens=step.tokens,
         )
@@ -285,12 +287,18 @@ def _metric_names(step: TrainStep, reference: bool) -> tuple[tuple[str, ...], tu
     if step.stage == "sft":
         return ("loss", "entropy"), ()
     kl = ("kl_reference",) if reference and _grpo_settings(step).kl_weight > 0 else ()
-    sums = ("loss", "entropy", "clip_share", "kl_old", "mismatch_abs", "mismatch_kl", "importance_mean")
-    return (*sums, "importance_truncated", *kl), ("mismatch_max",)
+    sums = ("loss", "entropy", "clip_share", "kl_old", "mismatch_abs", "mismatch_kl")
+    return (*sums, "mismatch_outside", "importance_mean", "importance_cut", *kl), ("mismatch_max",)
 
 
 def _grpo_settings(step: TrainStep) -> GrpoSettings:
-    return GrpoSettings(*(_live(step, name) for name in ("clip_low", "clip_high", "kl_weight", "is_cap")))
+    importance = CorrectionSettings(
+        cast(Correction, step.hyperparameters["train.is_correction"]),
+        cast(Level, step.hyperparameters["train.is_level"]),
+        floor=_live(step, "is_floor"),
+        cap=_live(step, "is_cap"),
+    )
+    return GrpoSettings(_live(step, "clip_low"), _live(step, "clip_high"), _live(step, "kl_weight"), importance)
 
 
 def _live(step: TrainStep, name: str) -> float:

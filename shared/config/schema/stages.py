@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config.schema.base import LIVE, Positive, Share, Table
 
@@ -49,7 +49,20 @@ class TrainTable(OptimizerTable):
     clip_low: Share = Field(0.2, json_schema_extra=LIVE, description="ratio is clipped below 1 - clip_low")
     clip_high: float = Field(0.28, ge=0, json_schema_extra=LIVE, description="ratio is clipped above 1 + clip_high")
     kl_weight: float = Field(0.0, ge=0, json_schema_extra=LIVE, description="weight of KL to the stage's first weights")
-    is_cap: float = Field(2.0, gt=0, json_schema_extra=LIVE, description="cap of the trainer/engine importance weight")
+    is_correction: Literal["truncate", "mask", "none"] = Field(
+        "truncate",
+        json_schema_extra=LIVE,
+        description="importance weights of trainer to engine: at most is_cap; or 0 outside is_floor..is_cap; or all 1",
+    )
+    is_level: Literal["token", "sequence"] = Field(
+        "token",
+        json_schema_extra=LIVE,
+        description="importance weights of tokens, or of whole sequences",
+    )
+    is_floor: float = Field(
+        0.5, ge=0, json_schema_extra=LIVE, description="lower edge of the trust band of the weights"
+    )
+    is_cap: float = Field(2.0, gt=0, json_schema_extra=LIVE, description="upper edge of the trust band of the weights")
     advantage: Literal["group_norm", "unbiased"] = Field(
         "group_norm", description="(r - mean) / (std + eps), or without the std (Dr.GRPO)"
     )
@@ -63,3 +76,12 @@ class TrainTable(OptimizerTable):
     max_staleness: int = Field(
         1, ge=0, le=64, json_schema_extra=LIVE, description="trained version - sampled version never exceeds this"
     )
+
+    @model_validator(mode="after")
+    def _trust_band_is_one(self) -> Self:
+        if self.is_floor >= self.is_cap:
+            raise ValueError(
+                f"expected is_floor below is_cap, the edges of the trust band of importance weights; "
+                f"got {self.is_floor} and {self.is_cap}"
+            )
+        return self

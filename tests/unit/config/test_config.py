@@ -204,6 +204,21 @@ def test_a_change_is_checked_together_with_those_before_it(recipe_file: Path) ->
         check_changes(recipe, values, {"train.samples": 8})
 
 
+def test_a_trust_band_without_an_inside_is_refused_in_the_recipe_and_live(recipe_file: Path) -> None:
+    assert "expected is_floor below is_cap" in refusal(recipe_file, "train.is_floor=3.0")
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(RecipeError, match=r"expected is_floor below is_cap.*3\.0 and 2\.0"):
+        check_changes(recipe, live_values(recipe), {"train.is_floor": 3.0})
+
+
+def test_what_is_done_about_mismatch_is_live(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    change = {"train.is_correction": "mask", "train.is_level": "sequence"}
+    assert check_changes(recipe, live_values(recipe), change) == change
+    with pytest.raises(RecipeError, match=r"train\.is_correction.*'truncate', 'mask' or 'none'"):
+        check_changes(recipe, live_values(recipe), {"train.is_correction": "clip"})
+
+
 def test_the_weights_of_rewards_are_live_by_the_name_of_their_part(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     name = recipe.rewards.parts[0].name

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from services.controller.liveness import KINDS, Liveness
+from services.policy.correction import CorrectionSettings
 from services.policy.losses import GrpoSettings, grpo_loss
 from tests.unit.controller.world import small_world
 
@@ -17,7 +18,7 @@ NAMED = {
 }
 FAMILIES = {"reward/PART": r"reward/.+", "discarded/CAUSE": r"discarded/.+", "time/ROLE/KIND": r"time/\w+/\w+"}
 FROM_THE_POLICY = {"loss", "kl_old", "kl_reference", "entropy", "clip_share", "grad_norm", "train_seconds"} | {
-    "mismatch_abs", "mismatch_kl", "mismatch_max", "importance_mean", "importance_truncated"
+    "mismatch_abs", "mismatch_kl", "mismatch_max", "importance_mean", "importance_cut", "mismatch_outside"
 }  # fmt: skip
 FROM_THE_SHELL = {"controller_lag"}
 PLACES = {"RUN/metrics.jsonl", "RUN/tensorboard"}
@@ -45,8 +46,8 @@ def test_every_figure_of_a_line_is_in_the_document_and_the_other_way_round() -> 
 
 def test_the_policys_loss_reports_what_the_document_says() -> None:
     tokens = torch.zeros(3)
-    settings = GrpoSettings(0.2, 0.2, 0.1, 2.0)
-    result = grpo_loss(tokens, tokens, tokens, tokens, tokens, tokens, tokens, settings, tokens=3)
+    settings = GrpoSettings(0.2, 0.2, 0.1, CorrectionSettings("truncate", "token", 0.5, 2.0))
+    result = grpo_loss(tokens, tokens, tokens, tokens, tokens, tokens, tokens, torch.tensor([3]), settings, tokens=3)
     assert {*result.sums, *result.maxima} | {"grad_norm", "train_seconds"} == FROM_THE_POLICY
 
 

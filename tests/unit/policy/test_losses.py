@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
 
 from services.policy import losses
+from services.policy.correction import Correction, CorrectionSettings, Level
 from services.policy.losses import GrpoSettings, grpo_loss, sft_loss, token_logprobs, token_weights
 
 REDUCTIONS = ("token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant")
@@ -51,6 +53,19 @@ def case(seed: int = 0, vocabulary: int = 11) -> Case:
     )
 
 
+def grpo_settings(correction: Correction = "truncate", level: Level = "token", cap: float = 2.0) -> GrpoSettings:
+    return GrpoSettings(0.2, 0.28, 0.3, CorrectionSettings(correction, level, floor=0.5, cap=cap))
+
+
+def importance_by_hand(log_ratio: float, s: CorrectionSettings) -> float:
+    ratio = math.exp(log_ratio)
+    if s.correction == "none":
+        return 1.0
+    if s.correction == "truncate":
+        return min(ratio, s.cap)
+    return ratio if s.floor <= ratio <= s.cap else 0.0
+
+
 def weight_by_hand(reduction: str, length: int, tokens: int, sequences: int) -> float:
     if reduction == "token_mean":
         return 1 / tokens
@@ -66,7 +81,8 @@ def grpo_by_hand(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[fl
     tokens, sequences = sum(LENGTHS), len(LENGTHS)
     loss, gradient, t = 0.0, [], 0
     for length in LENGTHS:
-        for _ in range(length):
+        mismatch = [float(c.old[k]) - float(c.engine[k]) for k in range(t, t + length)]
+        for index in range(length):
             row = c.logits[t].tolist()
             top = max(row)
             exps = [math.exp(x - top) for x in row]
@@ -75,7 +91,8 @@ def grpo_by_hand(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[fl
             logp = math.log(probabilities[target])
             a = float(c.advantages[t])
             ratio = math.exp(logp - float(c.old[t]))
-            importance = min(math.exp(float(c.old[t]) - float(c.engine[t])), s.is_cap)
+            whose = sum(mismatch) if s.importance.level == "sequence" else mismatch[index]
+            importance = importance_by_hand(whose, s.importance)
             if a >= 0:
                 bound, binds = 1 + s.clip_high, ratio > 1 + s.clip_high
             else:
@@ -99,8 +116,10 @@ def grpo(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[losses.Los
     weights = token_weights(
         torch.tensor(LENGTHS), reduction, tokens=sum(LENGTHS), sequences=len(LENGTHS), constant=CONSTANT
     )
+    reference = c.reference if kl else None
+    lengths = torch.tensor(LENGTHS)
     result = grpo_loss(
-        logprobs, c.old, c.engine, c.reference if kl else None, c.advantages, entropy, weights, s, tokens=sum(LENGTHS)
+        logprobs, c.old, c.engine, reference, c.advantages, entropy, weights, lengths, s, tokens=sum(LENGTHS)
     )
     result.loss.backward()
     assert logits.grad is not None
@@ -108,10 +127,14 @@ def grpo(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[losses.Los
 
 
 @pytest.mark.parametrize("kl", [False, True], ids=["no-kl", "kl"])
+@pytest.mark.parametrize("level", get_args(Level))
+@pytest.mark.parametrize("correction", get_args(Correction))
 @pytest.mark.parametrize("cap", [0.9, 2.0, 100.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_grpo_loss_and_gradient_equal_those_derived_by_hand(reduction: str, cap: float, kl: bool) -> None:
-    settings = GrpoSettings(clip_low=0.2, clip_high=0.28, kl_weight=0.3, is_cap=cap)
+def test_grpo_loss_and_gradient_equal_those_derived_by_hand(
+    reduction: str, cap: float, correction: Correction, level: Level, kl: bool
+) -> None:
+    settings = grpo_settings(correction, level, cap)
     c = case()
     result, gradient = grpo(c, reduction, settings, kl)
     loss, by_hand = grpo_by_hand(c, reduction, settings, kl)
@@ -124,22 +147,26 @@ def test_the_cases_bind_on_both_sides_of_the_clip_and_at_the_cap() -> None:
     ratio = torch.exp(torch.log_softmax(c.logits, -1)[torch.arange(len(c.targets)), c.targets] - c.old)
     assert ((ratio > 1.28) & (c.advantages > 0)).any()
     assert ((ratio < 0.8) & (c.advantages < 0)).any()
-    assert (torch.exp(c.old - c.engine) > 2).any()
+    mismatch = c.old - c.engine
+    assert (torch.exp(mismatch) > 2).any() and (torch.exp(mismatch) < 0.5).any()
+    whole = torch.exp(torch.stack([part.sum() for part in mismatch.split(LENGTHS) if len(part)]))
+    assert (whole > 2).any() and (whole < 0.5).any() and ((whole > 0.5) & (whole < 2)).any()
 
 
 def test_grpo_metrics_equal_those_counted_by_hand() -> None:
-    settings = GrpoSettings(clip_low=0.2, clip_high=0.28, kl_weight=0.3, is_cap=2.0)
+    settings = grpo_settings()
     c = case(3)
     result, _ = grpo(c, "token_mean", settings, True)
     total = sum(LENGTHS)
     logp = torch.log_softmax(c.logits, -1)[torch.arange(total), c.targets].tolist()
-    clipped = truncated = 0
+    clipped = truncated = outside = 0
     kl_old = kl_reference = mismatch_kl = mismatch_abs = importance = 0.0
     biggest = 0.0
     for t in range(total):
         ratio, d = math.exp(logp[t] - float(c.old[t])), float(c.old[t] - c.engine[t])
         clipped += ratio > 1.28 if c.advantages[t] > 0 else ratio < 0.8
         truncated += math.exp(d) > 2.0
+        outside += not 0.5 <= math.exp(d) <= 2.0
         importance += min(math.exp(d), 2.0)
         kl_old += ratio - 1 - math.log(ratio)
         mismatch_kl += math.exp(d) - 1 - d
@@ -149,8 +176,9 @@ def test_grpo_metrics_equal_those_counted_by_hand() -> None:
         kl_reference += math.exp(back) - 1 - back
     entropy = -(torch.softmax(c.logits, -1) * torch.log_softmax(c.logits, -1)).sum(-1).mean()
     expected = {
-        "clip_share": clipped, "importance_truncated": truncated, "importance_mean": importance, "kl_old": kl_old,
-        "mismatch_kl": mismatch_kl, "mismatch_abs": mismatch_abs, "kl_reference": kl_reference,
+        "clip_share": clipped, "importance_cut": truncated, "importance_mean": importance, "kl_old": kl_old,
+        "mismatch_outside": outside, "mismatch_kl": mismatch_kl, "mismatch_abs": mismatch_abs,
+        "kl_reference": kl_reference,
     }  # fmt: skip
     for name, value in expected.items():
         assert float(result.sums[name]) == pytest.approx(value / total, abs=1e-6), name
@@ -205,17 +233,16 @@ def test_a_vanished_probability_keeps_the_entropy_finite() -> None:
 def test_a_huge_ratio_gives_a_finite_loss_and_gradient() -> None:
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
     far, zero = torch.tensor([-500.0, -500.0]), torch.zeros(2)
-    settings = GrpoSettings(0.2, 0.28, 0.1, 2.0)
-    result = grpo_loss(logprobs, far, far, far, torch.tensor([-1.0, 1.0]), zero, torch.ones(2), settings, tokens=2)
+    advantages, lengths = torch.tensor([-1.0, 1.0]), torch.tensor([2])
+    result = grpo_loss(logprobs, far, far, far, advantages, zero, torch.ones(2), lengths, grpo_settings(), tokens=2)
     result.loss.backward()
     assert torch.isfinite(result.loss) and torch.isfinite(logprobs.grad).all()
 
 
 def test_no_tokens_give_a_loss_of_zero() -> None:
     none = torch.empty(0)
-    result = grpo_loss(
-        none.requires_grad_(), none, none, None, none, none, none, GrpoSettings(0.2, 0.2, 0.0, 2.0), tokens=0
-    )
+    lengths = torch.tensor([0])
+    result = grpo_loss(none.requires_grad_(), none, none, None, none, none, none, lengths, grpo_settings(), tokens=0)
     assert result.loss.item() == 0.0
     assert token_weights(torch.tensor([0]), "token_mean", tokens=0, sequences=1).numel() == 0
 

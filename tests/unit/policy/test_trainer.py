@@ -326,7 +326,7 @@ def test_live_hyper_parameters_come_with_the_step(tools: Any) -> None:
         tools.trainer(recipe).compute(*tools.step(recipe, hyperparameters={"train.is_cap": cap})).metrics
         for cap in (1e-3, 1e9)
     ]
-    assert votes[0]["importance_truncated"] == 1.0 and votes[1]["importance_truncated"] == 0.0
+    assert votes[0]["importance_cut"] == 1.0 and votes[1]["importance_cut"] == 0.0
 
 
 def test_temperature_scales_the_distribution_that_is_trained(tools: Any) -> None:
