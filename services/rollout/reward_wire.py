@@ -7,6 +7,7 @@ worker answers `Ready` (or `Unable`) once and each task with `Working`, once a p
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
@@ -96,18 +97,20 @@ def decode_to_worker(body: bytes) -> ToWorker:
     return _decoded(_to_worker, body)
 
 
-def split_to_pool(buffer: bytearray) -> list[ToPool]:
-    """Take the whole frames that came from a worker off the front of `buffer`. Raises `WireError` on garbage."""
-    messages: list[ToPool] = []
+def split_to_pool(buffer: bytearray) -> Iterator[ToPool]:
+    """Take the whole frames that came from a worker off the front of `buffer`, one by one.
+
+    Raises `WireError` on garbage, once what came before it was taken.
+    """
     while len(buffer) >= LENGTH.size:
         (length,) = LENGTH.unpack_from(buffer)
         if length > MAX_FRAME:
             raise WireError(f"expected a frame of at most {MAX_FRAME} bytes, got one of {length}")
         if len(buffer) < LENGTH.size + length:
             break
-        messages.append(_decoded(_to_pool, bytes(buffer[LENGTH.size : LENGTH.size + length])))
+        body = bytes(buffer[LENGTH.size : LENGTH.size + length])
         del buffer[: LENGTH.size + length]
-    return messages
+        yield _decoded(_to_pool, body)
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:
