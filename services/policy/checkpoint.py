@@ -270,7 +270,9 @@ def load(trainer: Trainer, path: Path, position: Position) -> None:
     try:
         trainer.restore(position, state.stage, state.optimizer_steps, optimizer, reference)
     except KeyError as error:
-        raise CheckpointError(path, f"the optimizer's tensor {error}", "none", "use another checkpoint") from error
+        raise CheckpointError(
+            path, f"the tensor {error} of optimizer or reference", "none", "use another checkpoint"
+        ) from error
     _restore_random(load_file(path / RANDOM))
 
 

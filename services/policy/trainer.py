@@ -166,6 +166,9 @@ class Trainer:
     ) -> None:
         """Go on from a checkpoint whose model tensors are in the model already; KeyError where a tensor is missing."""
         self.position = position
+        if reference is not None:  # a file's own order is another one; what peers exchange goes by the model's
+            tensors = {name: reference.tensors[name] for name, _ in self.model.named_parameters()}
+            reference = Snapshot(reference.position, tensors)
         self.stage, self.optimizer, self.reference = stage, None, reference
         self._behaviour, self._hand, self._applied = None, None, None
         if stage is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from services.policy import checkpoint
 from services.policy.peers import Peers, head_of, manifest_for, restore, state_digest, tensors_of
 from shared.messages import (
     CheckState,
@@ -98,6 +100,18 @@ def test_before_the_first_step_there_is_nothing_but_weights(pair: Any, tools: An
     sent, received = transfer(pair, source, receiver)
     assert sent.digest == received.digest
     assert receiver.stage is None and receiver.optimizer is None
+
+
+def test_a_policy_that_began_from_a_checkpoint_gives_its_state_to_a_joiner(
+    pair: Any, tools: Any, tmp_path: Path
+) -> None:
+    recipe = tools.recipe()
+    path, _ = checkpoint.save(trained(tools, recipe, 2), tmp_path, "run-1", "recipe-1", 1)
+    source = skeleton(tools, recipe, checkpoint.read_state(path).position)
+    checkpoint.load(source, path, source.position)
+    sent, received = transfer(pair, source, skeleton(tools, recipe, source.position))
+    assert isinstance(sent, StateSent) and isinstance(received, StateReceived)
+    assert sent.digest == received.digest
 
 
 def test_what_a_receiver_expects_is_what_a_source_sends(tools: Any) -> None:
