@@ -133,9 +133,9 @@ class Peers:
             return
         head, tensors = head_of(trainer), tensors_of(trainer)
         manifest = [spec_of(name, tensor) for name, tensor in tensors.items()]
-        memory, copies = allocate(manifest)
-        load_tensors(copies, tensors)
-        staged = StagedWeights(manifest, memory, copies, state_digest(head, copies))
+        area = allocate(manifest)
+        load_tensors(area.tensors, tensors)
+        staged = StagedWeights(area, state_digest(head, area.tensors))
         self._sent = {message.epoch: None}  # an epoch carries one state, and only the last one can be asked for again
         self._worker.submit(self._transfer, message, head, staged)
 

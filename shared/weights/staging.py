@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shared.weights.digest import digest_of
 from shared.weights.errors import WeightsError
+from shared.weights.memory import shared_memory
 
 ALIGNMENT = 64
 """Bytes that each tensor's start is a multiple of."""
@@ -36,13 +37,26 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
-class StagedWeights:
-    """A copy that nobody changes: `tensors` are views into `memory` (uint8), `digest` is of their contents."""
+class Area:
+    """Room for what a manifest lists: `tensors` are views into `memory` (uint8), which others may open by `path`."""
 
     manifest: list[TensorSpec]
     memory: Tensor
     tensors: dict[str, Tensor]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagedWeights:
+    """A copy that nobody changes; `digest` is of its contents."""
+
+    area: Area
     digest: str
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name, in the manifest's order."""
+        return self.area.tensors
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -70,10 +84,9 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 
 def stage(model: nn.Module) -> StagedWeights:
     """Copy the model's weights as they are now; the trainer may step on as soon as it returns."""
-    manifest = manifest_of(model)
-    memory, tensors = allocate(manifest)
-    load_tensors(tensors, named_weights(model))
-    return StagedWeights(manifest, memory, tensors, digest_of(tensors))
+    area = allocate(manifest_of(model))
+    load_tensors(area.tensors, named_weights(model))
+    return StagedWeights(area, digest_of(area.tensors))
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -92,18 +105,29 @@ def load_tensors(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -
             target.copy_(sources[name])
 
 
-def allocate(manifest: Sequence[TensorSpec]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Zeroed memory for the manifest, and the tensors as views into it, in its order."""
-    starts, end = [], 0
+def allocate(manifest: Sequence[TensorSpec]) -> Area:
+    """Zeroed memory for the manifest, with the tensors in its order."""
+    memory = shared_memory(area_bytes(manifest))
+    return Area(list(manifest), memory.data, tensor_views(memory.data, manifest), memory.path)
+
+
+def area_bytes(manifest: Sequence[TensorSpec]) -> int:
+    """Bytes of memory that the manifest's tensors take, each aligned."""
+    return sum(_aligned(spec.nbytes) for spec in manifest)
+
+
+def tensor_views(memory: Tensor, manifest: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """The manifest's tensors as views into `memory` (uint8, of `area_bytes`)."""
+    views: dict[str, Tensor] = {}
+    start = 0
     for spec in manifest:
-        starts.append(end)
-        end += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
-    memory = torch.zeros(end, dtype=torch.uint8)
-    tensors = {
-        spec.name: memory[start : start + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
-        for spec, start in zip(manifest, starts, strict=True)
-    }
-    return memory, tensors
+        views[spec.name] = memory[start : start + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+        start += _aligned(spec.nbytes)
+    return views
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _described(tensor: Tensor | None) -> str:

@@ -53,12 +53,12 @@ def send_weights(staged: StagedWeights, mesh: Mesh, bucket_bytes: int) -> int:
     """Send the staged copy to all other ranks; returns the bytes that went out. MeshError if a peer fails."""
     if mesh.rank != SOURCE:
         raise WeightsError(f"expected mesh rank {SOURCE} as the source of weights, got rank {mesh.rank}")
-    head = msgspec.msgpack.encode(_Head(staged.manifest, bucket_bytes))
+    head = msgspec.msgpack.encode(_Head(staged.area.manifest, bucket_bytes))
     send_head(head, mesh)
     _vote(mesh, None)
-    for bucket in _buckets(staged.memory, bucket_bytes):
+    for bucket in _buckets(staged.area.memory, bucket_bytes):
         mesh.broadcast(bucket, SOURCE)
-    return len(head) + staged.memory.numel()
+    return len(head) + staged.area.memory.numel()
 
 
 def receive_weights(manifest: Sequence[TensorSpec], mesh: Mesh, bucket_bytes: int) -> StagedWeights:
@@ -67,10 +67,10 @@ def receive_weights(manifest: Sequence[TensorSpec], mesh: Mesh, bucket_bytes: in
     WeightsError, before any weight travels, if the source's manifest is not `manifest` (of the receiver's own model).
     """
     _vote(mesh, _objection(manifest, receive_head(mesh, HEAD_LIMIT), bucket_bytes))
-    memory, tensors = allocate(manifest)
-    for bucket in _buckets(memory, bucket_bytes):
+    area = allocate(manifest)
+    for bucket in _buckets(area.memory, bucket_bytes):
         mesh.broadcast(bucket, SOURCE)
-    return StagedWeights(list(manifest), memory, tensors, digest_of(tensors))
+    return StagedWeights(area, digest_of(area.tensors))
 
 
 def _buckets(memory: Tensor, bucket_bytes: int) -> Iterator[Tensor]:

@@ -18,9 +18,9 @@ def main(arguments: ServiceArguments) -> int:
     offer = Publisher.offer
 
     def spoil(self: Publisher, position: Position, staged: StagedWeights) -> None:
-        memory = staged.memory.clone()
+        memory = staged.area.memory.clone()
         memory[memory.numel() // 2] ^= 1 << 6
-        offer(self, position, replace(staged, memory=memory))
+        offer(self, position, replace(staged, area=replace(staged.area, memory=memory)))
 
     Publisher.offer = spoil  # type: ignore[method-assign]
     return run(arguments)

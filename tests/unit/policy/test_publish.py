@@ -114,7 +114,7 @@ def test_a_receiver_serves_the_copy_that_it_got_and_a_spoilt_copy_shows_in_the_n
     passing.publish(SendWeights(2, tools.start))
     assert receive_weights(manifest_of(model), last.meshes.get(2), BUCKET).digest == got.digest
     assert relay.next().digest == got.digest
-    got.memory[-1] ^= 1 << 6
+    got.area.memory[-1] ^= 1 << 6
     passing._transfers.clear()
     passing.publish(SendWeights(2, tools.start))
     assert receive_weights(manifest_of(model), last.meshes.get(2), BUCKET).digest != got.digest
