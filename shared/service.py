@@ -24,6 +24,8 @@ from shared.telemetry import configure_logging, get_logger
 
 EXIT_DONE = 0
 """The run is over, or this replica has drained: nothing to start again."""
+EXIT_RESTART = 1
+"""This process cannot go on, a fresh one may."""
 EXIT_RECIPE = 2
 """The recipe or the arguments cannot work: starting again would not help."""
 EXIT_FATAL = 3

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from deploy.local.environments import SOURCE, python_for
+from shared.config import RecipeError
+
 NEEDED = {
     "torch": "policy and rollouts",
     "transformers": "policy and rollouts",
@@ -30,6 +33,16 @@ OPTIONAL = {
     "wandb": ("[metrics.wandb]", "pip install 'orrery[wandb]'"),
     "prometheus-client": ("metrics.prometheus_port", "pip install 'orrery[prometheus]'"),
 }
+ENGINE_VERSIONS = """
+import importlib, importlib.metadata as known, sys
+engine = sys.argv[1]
+for name in ("torch", "transformers", "zmq", "msgspec", engine):
+    importlib.import_module(name)
+importlib.import_module(f"shared.engines.{engine}")
+names = [name for name in (engine, f"{engine}-cpu") if any(d.metadata["Name"] == name for d in known.distributions())]
+print(", ".join(f"{name} {known.version(name)}" for name in (*names, "torch", "transformers")))
+"""
+"""Imports what a rollout with the engine needs, in the engine's environment, and prints versions."""
 MEMORY_GB = 4.0
 DISK_GB = 2.0
 SHM_MB = 64.0
@@ -54,6 +67,7 @@ def look(runs: Path) -> Iterator[Finding]:
         _gpus,
         _needed_packages,
         _optional_packages,
+        _engines,
         lambda: _disk(runs),
         _loopback,
         _shared_memory,
@@ -131,6 +145,31 @@ def _optional_packages() -> Iterator[Finding]:
             yield Finding("note", name, f"not installed; for {use}", command)
         else:
             yield Finding("ok", name, version)
+
+
+def _engines() -> Iterator[Finding]:
+    """Engines with an environment of their own: does it start, and which versions has it?"""
+    for engine in ("vllm", "sglang"):
+        try:
+            python = python_for(engine)
+        except RecipeError:
+            yield Finding("note", engine, f"no environment; for rollout.engine = {engine!r}", f"make env-{engine}")
+            continue
+        try:
+            told = subprocess.run(
+                [python, "-c", ENGINE_VERSIONS, engine],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=True,
+                cwd=SOURCE,
+            ).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            why = getattr(error, "stderr", None) or str(error)
+            advice = f"rm -rf .venv-{engine}; make env-{engine}"
+            yield Finding("note", engine, f"its environment is broken: {str(why).strip().splitlines()[-1]}", advice)
+            continue
+        yield Finding("ok", engine, told.strip())
 
 
 def _version(name: str) -> str | None:

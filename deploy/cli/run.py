@@ -25,10 +25,11 @@ def up(
     """Run a recipe on this machine to its end."""
     from deploy.checks.apart import look_apart
     from deploy.cli.supervise import supervise
-    from deploy.local import create_run
+    from deploy.local import check_environments, create_run
     from shared.config import load_recipe
 
     checked = load_recipe(recipe, set_ or [])
+    check_environments(checked)
     faults = look_apart(checked)
     for fault in faults:
         console.error(fault)

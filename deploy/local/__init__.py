@@ -1,5 +1,6 @@
 """A run on one machine: its folder, its processes, and the supervisor that keeps them alive."""
 
+from deploy.local.environments import check_environments
 from deploy.local.folder import RunBusyError, RunLock, create_run, holder, newest_run
 from deploy.local.plan import plan_run
 from deploy.local.supervisor import EXIT_INTERRUPTED, Supervisor
@@ -9,6 +10,7 @@ __all__ = [
     "RunBusyError",
     "RunLock",
     "Supervisor",
+    "check_environments",
     "create_run",
     "holder",
     "newest_run",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import deploy
+from deploy.local.environments import SOURCE, python_for
 from shared.config import Recipe
 from shared.service import PARENT_VARIABLE
 
 CONTROLLER = "controller"
-_SOURCE = Path(deploy.__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
     }
 
     def process(role: str, name: str, options: Iterable[str]) -> ReplicaPlan:
-        command = (sys.executable, "-m", f"services.{role}", *shared_options, *options, "--replica", name)
+        engine = recipe.rollout.engine_of(name) if role in ("rollout", "evaluator") else "transformers"
+        command = (python_for(engine), "-m", f"services.{role}", *shared_options, *options, "--replica", name)
         return ReplicaPlan(name, role, command, _environment(threads.get(role, 1)))
 
     def replica(name: str) -> ReplicaPlan:
@@ -63,7 +62,7 @@ def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    search = os.pathsep.join(part for part in (str(_SOURCE), os.environ.get("PYTHONPATH", "")) if part)
+    search = os.pathsep.join(part for part in (str(SOURCE), os.environ.get("PYTHONPATH", "")) if part)
     return {
         PARENT_VARIABLE: str(os.getpid()),
         "PYTHONPATH": search,

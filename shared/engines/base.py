@@ -8,22 +8,26 @@ log-probability under the distribution it was drawn from, whatever happened to t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shared.messages import Sampling
+from shared.weights.errors import WeightsError
 
 if TYPE_CHECKING:
-    import torch
-
-    from shared.weights import TensorSpec
+    from shared.config.schema import InFlight
+    from shared.weights import StagedWeights, TensorSpec
 
 
 class EngineError(Exception):
     """The engine cannot do what was asked; the text says what was expected, what came, and what to do."""
+
+
+class EngineDied(Exception):
+    """A process of the engine ended by itself: the replica has to begin anew; the text says which, and how."""
 
 
 class PromptTooLong(EngineError):
@@ -34,7 +38,7 @@ class PromptTooLong(EngineError):
 class Request:
     """One prompt to answer `samples` times; `key` is the caller's (hashable) name for it while it is in flight.
 
-    `seed` decides every draw: the same (seed, sample, position) draws the same uniform number whatever else runs.
+    `seed` decides every draw of a `seeded` engine: the same (seed, sample) draws the same, whatever else runs.
     Temperature 0 is greedy: the likeliest token, with its log-probability under temperature 1 and no truncation.
     """
 
@@ -63,12 +67,17 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Load and speed: sequences running and queued, tokens generated so far, and the seconds spent at it."""
+    """Load and speed: sequences running and queued, tokens generated so far, and the seconds spent at it.
+
+    `kv_use` is the share of the KV cache in use, `prefix_hits` the share of prompt tokens found in the prefix cache.
+    """
 
     running: int
     queued: int
     tokens: int
     busy_seconds: float
+    kv_use: float = 0.0
+    prefix_hits: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,6 +94,8 @@ class Engine(ABC):
     """Most tokens of prompt and response together."""
     manifest: Sequence[TensorSpec]
     """The tensors that `update` wants."""
+    seeded: bool = True
+    """Whether a request's seed decides its draws; where it does not, they are random, of the same distribution."""
 
     @abstractmethod
     def submit(self, request: Request) -> None:
@@ -96,15 +107,22 @@ class Engine(ABC):
 
     @abstractmethod
     def advance(self) -> list[Finished]:
-        """Do one bounded piece of work (a decode step of all running sequences); return the samples that finished."""
+        """Do one bounded piece of work, or wait shortly for it; return the samples that finished.
+
+        EngineError if the model's logits are no numbers, EngineDied if a process of the engine has ended.
+        """
 
     @abstractmethod
     def pause(self) -> None:
         """Stop between two tokens; sequences in flight keep their tokens and their KV. `advance` does nothing now."""
 
     @abstractmethod
-    def update(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
-        """Replace all weights while paused; later tokens carry `version`. EngineError if not paused, WeightsError."""
+    def update(self, weights: StagedWeights, version: int, in_flight: InFlight = "keep") -> None:
+        """Replace all weights while paused; later tokens carry `version`. EngineError if not paused, WeightsError.
+
+        Sequences in flight go on with the keys and values that they have ("keep"), get them computed again by the new
+        weights ("recompute"), or begin again ("abort"). No prompt that starts from now on meets those of older weights.
+        """
 
     @abstractmethod
     def resume(self) -> None:
@@ -117,3 +135,40 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back memory and processes. The engine is unusable afterwards."""
+
+
+def room_for(request: Request, context: int, in_flight: Container[Hashable]) -> int:
+    """Most tokens that a response to `request` can have; what `submit` raises for one that cannot be taken."""
+    if request.key in in_flight:
+        raise EngineError(f"request {request.key!r} is in flight already; abort it, or choose another key")
+    if not request.prompt or request.samples < 1:
+        raise EngineError(
+            f"request {request.key!r} wants a prompt of at least one token and at least one sample; "
+            f"it has {len(request.prompt)} tokens and {request.samples} samples"
+        )
+    room = context - len(request.prompt)
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {len(request.prompt)} tokens, but the model's context of {context} tokens must "
+            "hold it and at least one new token; shorten the prompt or take a model with a longer context"
+        )
+    return room
+
+
+def weights_diverged(version: int) -> EngineError:
+    """The error of logits that are no numbers."""
+    return EngineError(
+        f"the model's logits under weight version {version} are no finite numbers, so no token can be drawn; "
+        "training has diverged: lower the learning rate or the clip range"
+    )
+
+
+def check_update(paused: bool, wanted: Sequence[TensorSpec], weights: StagedWeights) -> None:
+    """What every engine's `update` asks first."""
+    if not paused:
+        raise EngineError("weights are replaced between two tokens: call pause() before update()")
+    if list(wanted) != weights.area.manifest:
+        got = {spec.name: spec for spec in weights.area.manifest}
+        own = {spec.name: spec for spec in wanted}
+        name = next((name for name in own | got if own.get(name) != got.get(name)), "their order")
+        raise WeightsError(f"weights {name!r}: expected {own.get(name)}, got {got.get(name)}")

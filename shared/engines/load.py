@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import Recipe
@@ -9,21 +11,89 @@ from shared.data.chat import end_of_turn
 from shared.engines.base import Engine
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def load_engine(
-    recipe: Recipe, role: Literal["rollout", "evaluator"] = "rollout"
+    recipe: Recipe, replica: str, role: Literal["rollout", "evaluator"] = "rollout"
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """The engine for [model], with the slots of `role`, and its tokenizer. ModelError, DataError or EngineError."""
-    from shared.engines.transformers import TransformersEngine
-    from shared.models import load_model, load_tokenizer
+    """The engine of a replica for [model], with the slots of `role`, and its tokenizer.
+
+    ModelError, DataError, or EngineError; EngineDied if a process that it started did not come up.
+    """
+    from shared.models import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
+    if recipe.rollout.engine_of(replica) == "transformers":
+        return _transformers(recipe, role, tokenizer), tokenizer
+    return _hosted(recipe, replica, role, tokenizer), tokenizer
+
+
+def _transformers(recipe: Recipe, role: Literal["rollout", "evaluator"], tokenizer: PreTrainedTokenizerBase) -> Engine:
+    from shared.engines.transformers import TransformersEngine
+    from shared.models import load_model
+
     model = load_model(recipe.model, recipe.run.seed, weights=False)
-    slots = (recipe.evaluator if role == "evaluator" else recipe.rollout).slots
-    stops = stop_tokens(tokenizer, model.generation_config)
-    return TransformersEngine(model, slots=slots, stops=stops), tokenizer
+    return TransformersEngine(
+        model,
+        slots=_slots(recipe, role),
+        stops=stop_tokens(tokenizer, model.generation_config),
+        quantization=_quantization(recipe, role),
+    )
+
+
+def _hosted(
+    recipe: Recipe, replica: str, role: Literal["rollout", "evaluator"], tokenizer: PreTrainedTokenizerBase
+) -> Engine:
+    """An engine of its own environment, which reads the model's configuration from a folder while it starts."""
+    from shared.engines.folder import write_folder
+    from shared.models import load_skeleton
+    from shared.weights import manifest_of
+
+    skeleton = load_skeleton(recipe.model)
+    config, slots = skeleton.config, _slots(recipe, role)
+    threads = (recipe.evaluator if role == "evaluator" else recipe.rollout).threads
+    common: dict[str, Any] = {
+        "dtype": recipe.model.dtype,
+        "seed": recipe.run.seed,
+        "quantization": _quantization(recipe, role),
+        "memory": recipe.rollout.memory,
+        "manifest": manifest_of(skeleton),
+        "context": int(config.max_position_embeddings),
+        "slots": slots,
+        "stops": stop_tokens(tokenizer, skeleton.generation_config),
+        "start_s": recipe.timeouts.load_s,
+        "call_s": recipe.timeouts.transfer_s,
+    }
+    with TemporaryDirectory(prefix="orrery-model-") as folder:
+        write_folder(skeleton, tokenizer, Path(folder))
+        if recipe.rollout.engine_of(replica) == "vllm":
+            from shared.engines import vllm
+
+            vllm.prepare_process(threads, slots * common["context"] * _cache_bytes(config, skeleton.dtype.itemsize))
+            return vllm.VllmEngine(Path(folder), **common)
+        from shared.engines import sglang
+
+        sglang.prepare_process(threads)
+        return sglang.SglangEngine(
+            Path(folder), vocabulary=int(config.vocab_size), deterministic=recipe.run.deterministic, **common
+        )
+
+
+def _cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Bytes of keys and values of one token."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim * itemsize)
+
+
+def _slots(recipe: Recipe, role: Literal["rollout", "evaluator"]) -> int:
+    return (recipe.evaluator if role == "evaluator" else recipe.rollout).slots
+
+
+def _quantization(recipe: Recipe, role: Literal["rollout", "evaluator"]) -> Any:
+    """Evaluators of their own judge the model that is trained, in full precision."""
+    return recipe.rollout.quantization if role == "rollout" else None
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> set[int]:

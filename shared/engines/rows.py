@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.engines.base import EngineError, Finished
+from shared.engines.base import Finished, weights_diverged
 from shared.engines.sampling import draw, uniforms
 
 
@@ -78,10 +78,7 @@ class Rows:
             truncated=self._truncated,
         )
         if not bool(logprobs.isfinite().all()):
-            raise EngineError(
-                f"the model's logits under weight version {version} are no finite numbers, so no token can be drawn; "
-                "training has diverged: lower the learning rate or the clip range"
-            )
+            raise weights_diverged(version)
         self._tokens[rows, made] = tokens.int()
         self._logprobs[rows, made] = logprobs
         self._versions[rows, made] = version
@@ -103,6 +100,10 @@ class Rows:
             versions=self._versions[row, :made].numpy().copy(),
             truncated=not bool(torch.isin(self.last[row], stops)),
         )
+
+    def cached(self, row: int) -> list[int]:
+        """The generated tokens whose keys and values are in the cache: all but the newest."""
+        return self._tokens[row, : int(self._made[row]) - 1].tolist()
 
     def release(self, ended: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Free rows and close the gaps with the last ones; returns (sources, targets) of the rows that moved."""

@@ -6,84 +6,87 @@ in one batch. A sequence that ends leaves at once and the next one in the queue 
 continuous batching knows neither seeds per request nor weight versions, and packs a batch into one row, whose masked
 attention grows with the square of the batch on a CPU.)
 
-Weights are swapped between two steps; sequences in flight keep the keys and values of their older weights. Invariant:
-what is generated depends on the order of submissions and updates alone, so equal submissions give equal bits.
+Weights are swapped between two steps. Invariant: what is generated depends on the order of submissions and updates
+alone, so equal submissions give equal bits.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from shared.engines.base import Engine, EngineError, EngineStats, Finished, PromptTooLong, Request
+from shared.config.schema import InFlight, Quantization
+from shared.engines.base import Engine, EngineError, EngineStats, Finished, Request, check_update, room_for
+from shared.engines.quantization import quantize_dequantize, quantized_weights
 from shared.engines.rows import Arrival, Rows
 from shared.engines.sampling import as_int64, stream_keys
 from shared.engines.slots import SlotCache
-from shared.weights import load_into, manifest_of
+from shared.weights import StagedWeights, load_into, manifest_of
 
 PREFILL_TOKENS = 4096
 """Padded prompt tokens in one prefill forward; bounds its memory. A single longer prompt goes alone."""
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """A request with samples that have no slot yet: those from `next_sample` on."""
+class _Asked:
+    """A request in flight: the samples of it that have no slot yet, and how many are still to be returned."""
 
     request: Request
     limit: int
     streams: list[int]
-    next_sample: int = 0
+    queued: deque[int]
+    left: int
 
 
 class TransformersEngine(Engine):
     """Generates with `model` on its own device, up to `slots` sequences side by side; `stops` are stop token ids."""
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, stops: Iterable[int], version: int = -1) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        stops: Iterable[int],
+        version: int = -1,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.context = int(model.config.max_position_embeddings)
         _refuse_sliding_window(model)
         self._model = model.eval()
+        self._quantization = quantization
+        self._narrow = quantized_weights(model, quantization) if quantization is not None else {}
         self._slots = slots
         self._stops = torch.tensor(sorted(set(stops)), dtype=torch.int64)
         self._cache = SlotCache(slots, self.context)
         self._rows = Rows(slots)
-        self._waiting: deque[_Waiting] = deque()
-        self._keys: dict[Hashable, int] = {}  # samples still to come
+        self._asked: dict[Hashable, _Asked] = {}  # in the order of their submission
+        self._waiting: deque[_Asked] = deque()  # those with queued samples
         self._columns = torch.arange(self.context)
         self._paused = False
         self._tokens = 0
         self._busy = 0.0
         self.version = version
         self.manifest = manifest_of(model)
+        self._round_weights()
 
     def submit(self, request: Request) -> None:
-        if request.key in self._keys:
-            raise EngineError(f"request {request.key!r} is in flight already; abort it, or choose another key")
-        if not request.prompt or request.samples < 1:
-            raise EngineError(
-                f"request {request.key!r} wants a prompt of at least one token and at least one sample; "
-                f"it has {len(request.prompt)} tokens and {request.samples} samples"
-            )
-        room = self.context - len(request.prompt)
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt)} tokens, but the model's context of {self.context} tokens must "
-                "hold it and at least one new token; shorten the prompt or take a model with a longer context"
-            )
+        limit = min(request.sampling.max_new_tokens, room_for(request, self.context, self._asked))
         seeds = torch.full((request.samples,), as_int64(request.seed))
         streams = stream_keys(seeds, torch.arange(request.samples)).tolist()
-        self._waiting.append(_Waiting(request, min(request.sampling.max_new_tokens, room), streams))
-        self._keys[request.key] = request.samples
+        asked = _Asked(request, limit, streams, deque(range(request.samples)), request.samples)
+        self._asked[request.key] = asked
+        self._waiting.append(asked)
 
     @torch.inference_mode()  # the cache was made in inference mode and may be written in it alone
     def abort(self, key: Hashable) -> None:
-        if self._keys.pop(key, None) is None:
+        if self._asked.pop(key, None) is None:
             return
-        self._waiting = deque(w for w in self._waiting if w.request.key != key)
+        self._waiting = deque(asked for asked in self._waiting if asked.request.key != key)
         self._release([row for row, (owner, _) in enumerate(self._rows.owners) if owner == key])
 
     @torch.inference_mode()
@@ -100,25 +103,38 @@ class TransformersEngine(Engine):
     def pause(self) -> None:
         self._paused = True
 
-    def update(self, tensors: Mapping[str, torch.Tensor], version: int) -> None:
-        if not self._paused:
-            raise EngineError("weights are replaced between two tokens: call pause() before update()")
-        load_into(self._model, tensors)
+    @torch.inference_mode()
+    def update(self, weights: StagedWeights, version: int, in_flight: InFlight = "keep") -> None:
+        check_update(self._paused, self.manifest, weights)
+        load_into(self._model, weights.tensors)
+        self._round_weights()
         self.version = version
+        if in_flight == "recompute":
+            self._recompute()
+        elif in_flight == "abort":
+            self._begin_anew()
 
     def resume(self) -> None:
         self._paused = False
 
     def stats(self) -> EngineStats:
-        queued = sum(w.request.samples - w.next_sample for w in self._waiting)
-        return EngineStats(running=self._rows.count, queued=queued, tokens=self._tokens, busy_seconds=self._busy)
+        queued = sum(len(asked.queued) for asked in self._waiting)
+        used = self._rows.count / self._slots
+        return EngineStats(self._rows.count, queued, self._tokens, self._busy, kv_use=used)
 
     def close(self) -> None:
         self._waiting.clear()
-        self._keys.clear()
+        self._asked.clear()
         self._cache = SlotCache(0, self.context)
         self._rows = Rows(0)
         self._paused = True
+
+    @torch.no_grad()
+    def _round_weights(self) -> None:
+        """Put the numbers that the quantised format can hold in the place of the weights that came."""
+        for weight in self._narrow.values():
+            assert self._quantization is not None
+            weight.copy_(quantize_dequantize(weight, self._quantization))
 
     def _admit(self) -> list[Finished]:
         """Give free slots to waiting samples and draw their first tokens, until slots or samples run out."""
@@ -127,44 +143,76 @@ class TransformersEngine(Engine):
         while self._waiting:
             free = self._slots - self._rows.count
             first = self._waiting[0]
-            wanted = min(first.request.samples - first.next_sample, max(1, self._slots // 8))
+            wanted = min(len(first.queued), max(1, self._slots // 8))
             if free < wanted:
                 break
             finished += self._prefill(self._next_prompts(free))
         return finished
 
-    def _next_prompts(self, free: int) -> list[tuple[_Waiting, range]]:
+    def _next_prompts(self, free: int) -> list[tuple[_Asked, list[int]]]:
         """Waiting samples for `free` slots, by prompt, within the padded size of one prefill."""
-        chosen: list[tuple[_Waiting, range]] = []
+        chosen: list[tuple[_Asked, list[int]]] = []
         longest = 0
         while self._waiting and free:
-            waiting = self._waiting[0]
-            longest = max(longest, len(waiting.request.prompt))
+            asked = self._waiting[0]
+            longest = max(longest, len(asked.request.prompt))
             if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
                 break
-            stop = min(waiting.request.samples, waiting.next_sample + free)
-            chosen.append((waiting, range(waiting.next_sample, stop)))
-            free -= stop - waiting.next_sample
-            waiting.next_sample = stop
-            if stop == waiting.request.samples:
+            samples = [asked.queued.popleft() for _ in range(min(free, len(asked.queued)))]
+            chosen.append((asked, samples))
+            free -= len(samples)
+            if not asked.queued:
                 self._waiting.popleft()
         return chosen
 
-    def _prefill(self, prompts: list[tuple[_Waiting, range]]) -> list[Finished]:
+    def _prefill(self, prompts: list[tuple[_Asked, list[int]]]) -> list[Finished]:
         """Run the prompts once each, copy them into the rows of their samples, draw the first tokens."""
-        lengths = torch.tensor([len(waiting.request.prompt) for waiting, _ in prompts])
-        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        for index, (waiting, _) in enumerate(prompts):
-            padded[index, : lengths[index]] = torch.as_tensor(waiting.request.prompt)
-        # Padding is on the right, where causal attention of the prompt itself never looks: no mask is needed.
+        cache, logits = self._forward([asked.request.prompt for asked, _ in prompts])
+        rows = self._rows.add([_arrival(asked, sample) for asked, samples in prompts for sample in samples])
+        sources = torch.repeat_interleave(torch.tensor([len(samples) for _, samples in prompts]))
+        self._cache.place(cache, sources, rows)
+        return self._take(rows, logits[sources])
+
+    def _forward(self, sequences: Sequence[Sequence[int]]) -> tuple[DynamicCache, torch.Tensor]:
+        """Keys and values of all sequences, padded on the right, and the logits [sequences, vocabulary] at their ends.
+
+        Causal attention of a sequence itself never looks at the padding behind it: no mask is needed.
+        """
+        lengths = torch.tensor([len(tokens) for tokens in sequences])
+        padded = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
+        for row, tokens in enumerate(sequences):
+            padded[row, : lengths[row]] = torch.as_tensor(tokens)
         cache = DynamicCache()
         ends, end_of = torch.unique(lengths - 1, return_inverse=True)
         output = self._model(padded, past_key_values=cache, use_cache=True, logits_to_keep=ends)
-        last_logits = output.logits[torch.arange(len(prompts)), end_of]
-        rows = self._rows.add([_arrival(waiting, sample) for waiting, samples in prompts for sample in samples])
-        sources = torch.repeat_interleave(torch.tensor([len(samples) for _, samples in prompts]))
-        self._cache.place(cache, sources, rows)
-        return self._take(rows, last_logits[sources])
+        return cache, output.logits[torch.arange(len(sequences)), end_of]
+
+    def _recompute(self) -> None:
+        """Make the keys and values of all running sequences again, with the weights as they are now."""
+        rows: list[int] = []
+        for row in range(self._rows.count):
+            longest = int(self._rows.lengths[[*rows, row]].max())
+            if rows and longest * (len(rows) + 1) > PREFILL_TOKENS:
+                self._recompute_rows(rows)
+                rows = []
+            rows.append(row)
+        if rows:
+            self._recompute_rows(rows)
+
+    def _recompute_rows(self, rows: list[int]) -> None:
+        prompts = [self._asked[self._rows.owners[row][0]].request.prompt for row in rows]
+        sequences = [[*tokens, *self._rows.cached(row)] for tokens, row in zip(prompts, rows, strict=True)]
+        cache, _ = self._forward(sequences)
+        self._cache.place(cache, torch.arange(len(rows)), torch.tensor(rows))
+
+    def _begin_anew(self) -> None:
+        """Throw away what running samples have so far, and queue them again, in their old order."""
+        for key, sample in self._rows.owners:
+            self._asked[key].queued.append(sample)
+        for asked in self._asked.values():
+            asked.queued = deque(sorted(asked.queued))
+        self._waiting = deque(asked for asked in self._asked.values() if asked.queued)
+        self._release(list(range(self._rows.count)))
 
     def _decode(self) -> list[Finished]:
         """One token of every running sequence."""
@@ -190,9 +238,10 @@ class TransformersEngine(Engine):
         self._tokens += rows.shape[0]
         finished = [self._rows.finished(row, self._stops) for row in ended]
         for sample in finished:
-            self._keys[sample.key] -= 1
-            if self._keys[sample.key] == 0:
-                del self._keys[sample.key]
+            asked = self._asked[sample.key]
+            asked.left -= 1
+            if asked.left == 0:
+                del self._asked[sample.key]
         self._release(ended)
         return finished
 
@@ -203,15 +252,15 @@ class TransformersEngine(Engine):
                 self._cache.move(sources, targets, int(self._rows.lengths[targets].max()))
 
 
-def _arrival(waiting: _Waiting, sample: int) -> Arrival:
-    sampling = waiting.request.sampling
+def _arrival(asked: _Asked, sample: int) -> Arrival:
+    sampling = asked.request.sampling
     greedy = sampling.temperature == 0
     return Arrival(
-        key=waiting.request.key,
+        key=asked.request.key,
         sample=sample,
-        prompt_length=len(waiting.request.prompt),
-        limit=waiting.limit,
-        stream=waiting.streams[sample],
+        prompt_length=len(asked.request.prompt),
+        limit=asked.limit,
+        stream=asked.streams[sample],
         temperature=sampling.temperature,
         top_k=0 if greedy else sampling.top_k,
         top_p=1.0 if greedy else sampling.top_p,

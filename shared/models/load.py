@@ -101,6 +101,16 @@ def load_model(model: ModelTable, seed: int, *, weights: bool) -> PreTrainedMode
     return loaded.eval()
 
 
+def load_skeleton(model: ModelTable) -> PreTrainedModel:
+    """The model without any memory for its weights: names, types, shapes and configuration."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            load_config(model), dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+        )
+    skeleton.tie_weights()
+    return skeleton
+
+
 def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     # services write log lines, which a progress bar would tear apart
     disable_progress_bar()

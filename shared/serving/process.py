@@ -15,11 +15,9 @@ from shared.bus import BusClient, Fenced, Refusal
 from shared.config import Recipe
 from shared.data import open_dataset
 from shared.data.dataset import DataError, Dataset
-from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, ServiceArguments
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.serving.service import EngineService
 from shared.telemetry import get_logger
-
-EXIT_RESTART = 1
 
 MakeService = Callable[[BusClient], EngineService]
 Workers = Callable[[dict[str, Dataset]], AbstractContextManager[MakeService]]
@@ -84,7 +82,7 @@ def run_replica(
             code = service.run() if problem is None else service.give_up(problem)
             if code == EXIT_DONE:
                 goodbye = "this replica leaves: it was stopped, drained, or the run is over"
-            elif code == EXIT_FATAL:
+            elif code in (EXIT_FATAL, EXIT_RESTART):
                 goodbye = "this replica failed"  # closing with a goodbye waits until the reason has arrived
             return code
         except Fenced as error:

@@ -24,7 +24,7 @@ from shared.bus import BusClient, BusError, Delivery, Fenced
 from shared.config import Recipe
 from shared.data.dataset import DataError, Dataset
 from shared.data.unusable import UnusableRows
-from shared.engines.base import Engine, EngineError
+from shared.engines.base import Engine, EngineDied, EngineError
 from shared.engines.load import load_engine
 from shared.mesh.membership import MeshMembership
 from shared.messages import (
@@ -54,7 +54,7 @@ from shared.messages import (
 )
 from shared.models import ModelError
 from shared.rewards.score import Score
-from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART
 from shared.serving.generation import Cause, Generation, GrantRejected, Group
 from shared.serving.judge import Judge, JudgedGroup
 from shared.serving.samples import SampleLog, completion_text
@@ -76,7 +76,8 @@ DRAIN_SHARE = 0.5
 REMEMBERED = 4096
 """Answered attempts that are remembered, so that a repeated lease on one is ignored."""
 
-LoadEngine = Callable[[Recipe], "tuple[Engine, PreTrainedTokenizerBase]"]
+LoadEngine = Callable[[Recipe, str], "tuple[Engine, PreTrainedTokenizerBase]"]
+"""Makes the engine of a replica of that name."""
 MakeReport = Callable[[Group, Sequence[Score]], tuple[GroupReport, list[Frame]]]
 
 
@@ -100,6 +101,7 @@ class EngineService:
         fatal: tuple[type[Exception], ...] = (),
     ) -> None:
         self._recipe = recipe
+        self._replica = replica
         self._client = client
         self._datasets = datasets
         self._load = load
@@ -148,9 +150,15 @@ class EngineService:
         except Fenced as error:
             self._log.warning("fenced: a newer process has this replica's name", why=str(error))
             return EXIT_FENCED
+        except EngineDied as error:
+            self._log.error("the engine died", why=str(error))
+            self._client.send(ReplicaFailed(str(error), fatal=False))
+            return EXIT_RESTART
         except self._fatal as error:
             return self.give_up(error)
         finally:
+            if self._generation is not None:
+                self._generation.engine.close()
             self._publisher.close()
             self._meshes.close("this replica leaves")
             if self._receiver is not None:
@@ -246,12 +254,12 @@ class EngineService:
         if self._generation is None:
             self._client.progress("loading", 0)
             started = time.perf_counter()
-            engine, self._tokenizer = self._load(self._recipe)
+            engine, self._tokenizer = self._load(self._recipe, self._replica)
             deterministic = self._recipe.run.deterministic
             self._generation = Generation(engine, self._tokenizer, self._datasets, deterministic=deterministic)
             bucket_bytes = self._recipe.weights.bucket_mb * MEGABYTE
             self._receiver = WeightsReceiver(self._meshes, engine.manifest, bucket_bytes)
-            self._log.info("engine ready", engine=self._recipe.rollout.engine, seconds=_since(started))
+            self._log.info("engine ready", engine=type(engine).__name__, seconds=_since(started))
         self._client.send(StateLoaded(message.position))
 
     def _receive_weights(self, message: ReceiveWeights) -> None:
@@ -275,7 +283,7 @@ class EngineService:
             self._client.progress("swapping", engine.stats().tokens)
             engine.pause()
             try:
-                engine.update(arrived.staged.tensors, message.position.version)
+                engine.update(arrived.staged, message.position.version, self._recipe.rollout.in_flight)
             except (EngineError, WeightsError) as error:
                 cause = str(error)
             engine.resume()

@@ -24,7 +24,7 @@ from shared.config.schema.rewards import (
     VerifierPart,
 )
 from shared.config.schema.run import RunTable
-from shared.config.schema.services import EvaluatorTable, PolicyTable, RolloutTable
+from shared.config.schema.services import EngineName, EvaluatorTable, InFlight, PolicyTable, Quantization, RolloutTable
 from shared.config.schema.stages import OptimizerTable, SftTable, StopTable, TrainTable
 
 __all__ = [
@@ -33,10 +33,12 @@ __all__ = [
     "CheckpointTable",
     "ChoicePart",
     "DataTable",
+    "EngineName",
     "EvaluationTable",
     "EvaluatorTable",
     "ExactPart",
     "FormatPart",
+    "InFlight",
     "JournalTable",
     "LengthPart",
     "MathPart",
@@ -46,6 +48,7 @@ __all__ = [
     "OptimizerTable",
     "PolicyTable",
     "PythonPart",
+    "Quantization",
     "Recipe",
     "RewardPart",
     "RewardsTable",

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shared.config.schema.base import LIVE, Positive, Table
+
+EngineName = Literal["transformers", "vllm", "sglang"]
+"""What can generate."""
+InFlight = Literal["keep", "recompute", "abort"]
+"""What becomes of sequences that are being generated when new weights come."""
+Quantization = Literal["fp8", "fp8_block", "mxfp8", "mxfp4", "nvfp4"]
+"""Formats that a rollout may keep its weights in."""
 
 
 class PolicyTable(Table):
@@ -21,13 +28,43 @@ class RolloutTable(Table):
     """[rollout]: who generates, and how."""
 
     replicas: Positive = Field(1, description="replicas that generate; the first lease waits for them")
-    engine: Literal["transformers"] = "transformers"
+    engine: EngineName | list[EngineName] = Field(
+        "transformers", description="what generates; of several names, replica 0 takes the first, and so on in turn"
+    )
+    in_flight: InFlight = Field(
+        "keep",
+        description='when new weights come, sequences in flight go on with their keys and values ("keep"), have them '
+        'computed again ("recompute"), or begin again ("abort")',
+    )
+    quantization: Quantization | None = Field(
+        None, description="format of the weights that generate; evaluators of their own keep full precision"
+    )
+    memory: float = Field(
+        0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM or SGLang may take for weights and cache"
+    )
     threads: Positive = Field(1, description="CPU threads of the engine")
     slots: Positive = Field(64, description="sequences decoded side by side")
     temperature: float = Field(1.0, gt=0, le=10, json_schema_extra=LIVE)
     top_p: float = Field(1.0, gt=0, le=1, json_schema_extra=LIVE)
     top_k: int = Field(0, ge=0, json_schema_extra=LIVE)
     max_new_tokens: Positive = Field(64, json_schema_extra=LIVE)
+
+    @field_validator("engine")
+    @classmethod
+    def _some_engine(cls, engine: EngineName | list[EngineName]) -> EngineName | list[EngineName]:
+        if not engine:
+            raise ValueError("expected an engine, or a list of at least one")
+        return engine
+
+    @property
+    def engines(self) -> list[EngineName]:
+        """The engines in the order in which replicas take them."""
+        return self.engine if isinstance(self.engine, list) else [self.engine]
+
+    def engine_of(self, replica: str) -> EngineName:
+        """What a replica of this name ("rollout-2") generates with."""
+        number = replica.rpartition("-")[2]
+        return self.engines[int(number) % len(self.engines) if number.isdigit() else 0]
 
 
 class EvaluatorTable(Table):

@@ -63,6 +63,9 @@ class TrainTable(OptimizerTable):
         0.5, ge=0, json_schema_extra=LIVE, description="lower edge of the trust band of the weights"
     )
     is_cap: float = Field(2.0, gt=0, json_schema_extra=LIVE, description="upper edge of the trust band of the weights")
+    mismatch_warning: float = Field(
+        0.1, gt=0, description="mean absolute log-ratio of trainer to engine past which the policy looks for the cause"
+    )
     advantage: Literal["group_norm", "unbiased"] = Field(
         "group_norm", description="(r - mean) / (std + eps), or without the std (Dr.GRPO)"
     )

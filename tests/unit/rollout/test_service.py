@@ -12,6 +12,7 @@ import torch
 
 from services.rollout.rewards_pool import RewardsPoolError
 from shared.arrays import unpack
+from shared.engines.base import EngineDied
 from shared.messages import (
     Drain,
     GroupReport,
@@ -35,7 +36,7 @@ from shared.messages import (
     WeightsLoaded,
     WeightsSent,
 )
-from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART
 from shared.serving.samples import completion_text
 from shared.weights import stage
 from tests.unit.rollout.scripted import Rig
@@ -382,3 +383,15 @@ def test_rewards_that_cannot_start_end_the_run_with_the_reason(rig: Rig) -> None
     rig.pool._broken = RewardsPoolError("3 reward workers in a row could not start; the last: no file")
     assert rig.service.run() == EXIT_FATAL
     assert "could not start" in rig.bus.of(ReplicaFailed)[0].cause
+
+
+def test_a_dead_engine_ends_the_process_for_another_try_and_the_controller_hears_why(rig: Rig) -> None:
+    rig.ready(version=1)
+    engine = rig.service._generation.engine  # type: ignore[union-attr]
+
+    def dead() -> list[object]:
+        raise EngineDied("its worker 17 ended by signal 9")
+
+    engine.advance = dead  # type: ignore[method-assign, assignment]
+    assert rig.service.run() == EXIT_RESTART
+    assert rig.bus.of(ReplicaFailed) == [ReplicaFailed("its worker 17 ended by signal 9", fatal=False)]

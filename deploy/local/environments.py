@@ -1,0 +1,38 @@
+"""Which Python runs a process: this one, or that of an engine's own environment beside the repository's code.
+
+vLLM, SGLang and the trainer pin different versions of torch and transformers, so that each engine has an environment
+(`make env-vllm`, `make env-sglang`). Where this Python has the engine itself, as in a container image, it is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import deploy
+from shared.config import Recipe, RecipeError
+from shared.config.schema import EngineName
+
+SOURCE = Path(deploy.__file__).resolve().parent.parent
+"""The folder that holds services/ and shared/, and the engines' environments."""
+
+
+def python_for(engine: EngineName) -> str:
+    """The interpreter for a process with this engine; RecipeError if there is none."""
+    if engine == "transformers" or importlib.util.find_spec(engine) is not None:
+        return sys.executable
+    python = SOURCE / f".venv-{engine}" / "bin" / "python"
+    if not os.access(python, os.X_OK):
+        raise RecipeError(
+            f"rollout.engine: {engine!r} has an environment of its own, expected at {python.parent.parent}, "
+            f"found none; run 'make env-{engine}', or choose 'transformers'"
+        )
+    return str(python)
+
+
+def check_environments(recipe: Recipe) -> None:
+    """RecipeError unless every engine of the recipe has an interpreter."""
+    for engine in recipe.rollout.engines:
+        python_for(engine)

@@ -1,0 +1,249 @@
+"""SGLang behind the interface of all engines, through its own engine class and its hooks for RL.
+
+Its scheduler and detokenizer are processes of their own. Weights go to the schedulers as shared memory
+(`sglang_worker`); tokens carry the weight version that SGLang recorded for them; prefixes of different weights never
+meet, since each request's cache salt is its epoch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from shared.config.schema import Quantization
+from shared.engines.base import EngineError
+from shared.engines.hosted import HostedEngine, Made, Report, Sample
+from shared.weights import StagedWeights
+
+RESERVED = 2
+"""Tokens of a model's context that SGLang never generates."""
+STREAM_TOKENS = 8
+"""A running sample reports after so many tokens, for the figures of load and speed."""
+GPU_QUANTIZATION: dict[Quantization, str] = {"fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4_online"}
+"""SGLang's own names of the schemes that quantise what is loaded; without a GPU it has none."""
+
+
+def prepare_process(threads: int) -> None:
+    """Settings that SGLang reads from the environment, before its first import; call it on the main thread."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    # its watchdog answers the death of a process with this signal to the whole service, which would end without a
+    # reason; the engine notices by itself
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+
+
+class SglangEngine(HostedEngine):
+    """SGLang on the model of `folder`, whose weights come by `update`; for what is not named here, see HostedEngine.
+
+    `deterministic` makes draws follow the requests' seeds (GPU only, and slower). `memory` is the share of a GPU's
+    memory that it may take; on a CPU its cache holds `slots` sequences.
+    """
+
+    name = "SGLang"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        seed: int,
+        vocabulary: int,
+        quantization: Quantization | None = None,
+        deterministic: bool = False,
+        memory: float,
+        context: int,
+        **shared: Any,
+    ) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._seed = seed
+        self._vocabulary = vocabulary
+        self._quantization = quantization
+        self.seeded = deterministic
+        self._memory = memory
+        self._engine: Any = None
+        self._processes: list[int] = []
+        self._counts = Report()
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        super().__init__(context=context - RESERVED, **shared)
+
+    async def _start(self) -> None:
+        import torch
+
+        on_cpu = not torch.cuda.is_available()
+        scheme = self._scheme(on_cpu)  # refused before the seconds of an import
+        if on_cpu and self.seeded:
+            raise EngineError(
+                "run.deterministic: SGLang draws by the seeds of requests on GPUs alone; take another rollout.engine"
+            )
+        from sglang.srt.entrypoints.engine import Engine
+
+        from shared.engines.sglang_worker import LOADER
+
+        self._engine = Engine(
+            model_path=str(self._folder),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            custom_weight_loader=[LOADER],
+            dtype=self._dtype,
+            random_seed=self._seed,
+            quantization=scheme,
+            context_length=self.context + RESERVED,
+            max_running_requests=self._slots,
+            enable_deterministic_inference=self.seeded,
+            sampling_mask_max_tokens=self._vocabulary,
+            stream_interval=STREAM_TOKENS,
+            sleep_on_idle=True,
+            weight_version=str(self.version),
+            log_level="warning",
+            **(self._on_cpu() if on_cpu else {"mem_fraction_static": self._memory}),
+        )
+        self._processes = list(self._engine.get_all_child_pids())
+
+    def _on_cpu(self) -> dict[str, Any]:
+        return {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "sampling_backend": "pytorch",
+            "grammar_backend": "none",
+            "disable_cuda_graph": True,
+            "disable_overlap_schedule": True,
+            "max_total_tokens": self._slots * (self.context + RESERVED),
+        }
+
+    async def _generate(self, sample: Sample) -> Made:
+        asked = sample.sampling
+        greedy = asked.temperature == 0
+        cut = not greedy and (asked.top_p < 1 or asked.top_k > 0)
+        parameters: dict[str, Any] = {
+            "temperature": asked.temperature,
+            "top_p": 1.0 if greedy else asked.top_p,
+            "max_new_tokens": sample.limit,
+            "stop_token_ids": self._stops,
+        }
+        if self.seeded:
+            parameters["sampling_seed"] = sample.stream
+        if cut:
+            parameters["top_k"] = asked.top_k or self._vocabulary
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(
+            rid=sample.name,
+            input_ids=list(sample.prompt),
+            sampling_params=parameters,
+            return_logprob=not cut,
+            # of what is left by top-k and top-p, which the plain log-probabilities do not know
+            return_sampling_mask=cut,
+            cache_salt=str(sample.epoch),
+            stream=True,
+        )
+        counted, tokens, found = 0, [], {}
+        async for chunk in self._engine.tokenizer_manager.generate_request(request, None):
+            tokens, found = chunk["output_ids"], chunk["meta_info"]
+            self._counts.tokens += found["completion_tokens"] - counted
+            counted = found["completion_tokens"]
+        reason = found["finish_reason"]["type"]
+        if reason not in ("stop", "length"):
+            raise RuntimeError(f"expected a whole sample, got one that ended as {found['finish_reason']}")
+        self._prompt_tokens += found["prompt_tokens"]
+        self._cached_tokens += found["cached_tokens"]
+        logprobs = found["output_token_sampling_logprobs"] if cut else [it[0] for it in found["output_token_logprobs"]]
+        versions = [0] * len(tokens)
+        for span in found["weight_versions"]:
+            versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
+        return Made(tokens, logprobs, versions, reason == "stop")
+
+    async def _pause(self) -> None:
+        await self._pause_as("in_place")
+
+    async def _pause_as(self, mode: str) -> None:
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        await self._engine.tokenizer_manager.pause_generation(PauseGenerationReqInput(mode=mode))
+
+    async def _load(self, weights: StagedWeights, version: int, recompute: bool) -> None:
+        from sglang.srt.managers.io_struct import (
+            BeginWeightUpdateReqInput,
+            EndWeightUpdateReqInput,
+            UpdateWeightsFromTensorReqInput,
+        )
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        from shared.engines.sglang_worker import LOADER, Place, place_tensor
+
+        manager = self._engine.tokenizer_manager
+        if recompute:
+            await self._pause_as("retract")  # running sequences give up their keys and values
+        place = place_tensor(Place(weights.area.path, weights.area.manifest))
+        update = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=[MultiprocessingSerializer.serialize([("place", place)])],
+            load_format=LOADER,
+            flush_cache=recompute,
+            weight_version=str(version),
+        )
+        _whole(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
+        _whole(await manager.update_weights_from_tensor(update, None))
+        _whole(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
+
+    async def _resume(self) -> None:
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
+
+    async def _stop(self) -> None:
+        # SGLang's own shutdown, also at the end of Python, kills every child of this process: reward workers, too
+        if self._engine is not None:
+            atexit.unregister(self._engine.shutdown)
+        processes, self._processes = self._processes, []
+        _kill(processes)
+
+    def _death(self) -> str | None:
+        for pid in self._processes:
+            try:
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return f"its process {pid} is gone"
+            if ended is not None:
+                how = "exit code" if ended.si_code == os.CLD_EXITED else "signal"
+                return f"its process {pid} ended by {how} {ended.si_status}"
+        return None
+
+    def _report(self) -> Report:
+        self._counts.prefix_hits = self._cached_tokens / max(1, self._prompt_tokens)
+        return self._counts
+
+    def _scheme(self, on_cpu: bool) -> str | None:
+        if self._quantization is None:
+            return None
+        if on_cpu or self._quantization not in GPU_QUANTIZATION:
+            able = "none without a GPU" if on_cpu else ", ".join(GPU_QUANTIZATION)
+            raise EngineError(
+                f"rollout.quantization = {self._quantization!r}: SGLang quantises to {able}; "
+                f"choose another format, or another rollout.engine"
+            )
+        return GPU_QUANTIZATION[self._quantization]
+
+
+def _kill(processes: list[int]) -> None:
+    """End them and wait until they are gone."""
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in processes:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def _whole(answer: Any) -> None:
+    """RuntimeError unless the answer (success, message, ...) to an order is a yes."""
+    success, message = (answer[0], answer[1]) if isinstance(answer, tuple) else (answer.success, answer.message)
+    if not success:
+        raise RuntimeError(f"SGLang refused new weights: {message}")

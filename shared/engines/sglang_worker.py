@@ -1,0 +1,39 @@
+"""Inside SGLang's scheduler processes: weights from the rollout's shared memory, as a custom weight loader.
+
+SGLang imports `load_shared` by name for updates of that format, and calls it with the model and one small tensor, which
+says where the weights lie. Each rank maps the same memory and its layers' own loaders take the slices that are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from shared.engines.checkpoint import checkpoint_tensors
+from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
+
+LOADER = "shared.engines.sglang_worker.load_shared"
+"""The name by which SGLang knows the loader."""
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where weights lie (see shared.weights.memory), and the manifest of that memory."""
+
+    path: str
+    manifest: list[TensorSpec]
+
+
+def place_tensor(place: Place) -> torch.Tensor:
+    """The place as a tensor of bytes (uint8), which is all that an update carries."""
+    return torch.frombuffer(bytearray(msgspec.msgpack.encode(place)), dtype=torch.uint8)
+
+
+def load_shared(model: Any, named: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Map the memory and hand its tensors to the model's loader."""
+    [(_, raw)] = named
+    place = msgspec.msgpack.decode(raw.numpy().tobytes(), type=Place)
+    memory = open_shared(place.path, area_bytes(place.manifest))
+    model.load_weights(checkpoint_tensors(tensor_views(memory, place.manifest)))

@@ -1,0 +1,236 @@
+"""vLLM behind the interface of all engines, through its asynchronous engine and its own hooks for RL.
+
+Its scheduler and its workers are processes of their own. Weights go to the workers as shared memory (`vllm_worker`);
+tokens carry the weight version that vLLM recorded for them; prefixes of different weights never meet, since each
+request's cache salt is its epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from shared.config.schema import Quantization
+from shared.engines.base import EngineError
+from shared.engines.hosted import HostedEngine, Made, Report, Sample
+from shared.weights import StagedWeights
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+GIGABYTE = 1 << 30
+PREFILL_TOKENS = 4096
+"""Tokens that a CPU computes in one step; a single longer prompt goes alone."""
+CPU_QUANTIZATION: dict[Quantization, str] = {"fp8": "fp8_per_channel", "fp8_block": "fp8_per_block"}
+GPU_QUANTIZATION: dict[Quantization, str] = {
+    "fp8": "fp8_per_channel",
+    "fp8_block": "fp8_per_block",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4_per_token",
+}
+"""vLLM's own names of the schemes that quantise what is loaded, by machine."""
+
+
+def prepare_process(threads: int, cache_bytes: int) -> None:
+    """Settings that vLLM reads from the environment, before its first import; what is set already stays."""
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # replicas share a machine: pinned threads of two would meet on the same cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(cache_bytes / GIGABYTE))),
+        "OMP_NUM_THREADS": str(threads),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class _Meter:
+    """What vLLM reports of each iteration: made into a logger of its statistics by `logger`."""
+
+    def __init__(self) -> None:
+        self.report = Report()
+        self._queries = 0
+        self._hits = 0
+
+    def record(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> None:
+        """Take one iteration's figures."""
+        if scheduler is not None:
+            self._queries += scheduler.prefix_cache_stats.queries
+            self._hits += scheduler.prefix_cache_stats.hits
+            self.report.kv_use = scheduler.kv_cache_usage
+            self.report.prefix_hits = self._hits / max(1, self._queries)
+        if iteration is not None:
+            self.report.tokens += iteration.num_generation_tokens
+
+    def logger(self) -> Any:
+        """A factory of loggers, as vLLM wants it, that report here."""
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        meter = self
+
+        class Logger(StatLoggerBase):
+            def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+                pass
+
+            def record(
+                self,
+                scheduler_stats: SchedulerStats | None,
+                iteration_stats: IterationStats | None,
+                mm_cache_stats: object = None,
+                engine_idx: int = 0,
+            ) -> None:
+                meter.record(scheduler_stats, iteration_stats)
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return Logger
+
+
+class VllmEngine(HostedEngine):
+    """vLLM on the model of `folder`, whose weights come by `update`; for what is not named here, see HostedEngine.
+
+    `memory` is the share of a GPU's memory that it may take; on a CPU `prepare_process` says what its cache may take.
+    """
+
+    name = "vLLM"
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        seed: int,
+        quantization: Quantization | None = None,
+        memory: float,
+        **shared: Any,
+    ) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._seed = seed
+        self._quantization = quantization
+        self._memory = memory
+        self._meter = _Meter()
+        self._engine: Any = None
+        super().__init__(**shared)
+
+    async def _start(self) -> None:
+        from vllm.config import WeightTransferConfig
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from shared.engines.vllm_names import BACKEND, EXTENSION
+
+        on_cpu = current_platform.is_cpu()
+        arguments = AsyncEngineArgs(
+            model=str(self._folder),
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype=self._dtype,
+            seed=self._seed,
+            quantization=self._scheme(on_cpu),
+            max_model_len=self.context,
+            max_num_seqs=self._slots,
+            # what a worker reports is the distribution that tokens are drawn from
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            worker_extension_cls=EXTENSION,
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            **(self._on_cpu() if on_cpu else {"gpu_memory_utilization": self._memory}),
+        )
+        self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._meter.logger()])
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest())
+        await self._engine.update_weight_version(str(self.version))
+
+    def _on_cpu(self) -> dict[str, Any]:
+        return {
+            "enforce_eager": True,  # there are no graphs to capture
+            "block_size": 32,
+            # half a prompt wants a seeded generator set back by a draw, which those of a CPU cannot
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(PREFILL_TOKENS, self.context),
+        }
+
+    async def _generate(self, sample: Sample) -> Made:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        asked = sample.sampling
+        greedy = asked.temperature == 0
+        parameters = SamplingParams(
+            temperature=asked.temperature,
+            top_p=1.0 if greedy else asked.top_p,
+            top_k=0 if greedy else asked.top_k,
+            max_tokens=sample.limit,
+            seed=sample.stream,
+            stop_token_ids=self._stops,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = tokens_input(list(sample.prompt), cache_salt=str(sample.epoch))
+        output = None
+        async for last in self._engine.generate(prompt, parameters, sample.name):
+            output = last.outputs[0]
+        if output is None or output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"expected a whole sample, got one that ended as {output and output.finish_reason!r}")
+        versions = [0] * len(output.token_ids)
+        for span in output.weight_versions:
+            versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+        return Made(output.token_ids, output.logprobs.logprobs, versions, output.finish_reason == "stop")
+
+    async def _pause(self) -> None:
+        await self._engine.pause_generation(mode="keep", clear_cache=False)
+
+    async def _load(self, weights: StagedWeights, version: int, recompute: bool) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        where = {"path": weights.area.path, "manifest": msgspec.msgpack.encode(weights.area.manifest)}
+        await self._engine.start_weight_update()
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=where))
+        await self._engine.finish_weight_update(str(version))
+        if recompute:
+            await self._engine.reset_prefix_cache(reset_running_requests=True)
+
+    async def _resume(self) -> None:
+        await self._engine.resume_generation()
+
+    async def _stop(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _death(self) -> str | None:
+        if self._engine is None or not self._engine.errored:
+            return None
+        return "a process of its scheduler or its workers ended; its log is above"
+
+    def _report(self) -> Report:
+        return self._meter.report
+
+    def _scheme(self, on_cpu: bool) -> str | None:
+        if self._quantization is None:
+            return None
+        schemes = dict(CPU_QUANTIZATION if on_cpu else GPU_QUANTIZATION)
+        machine = "a CPU" if on_cpu else "a GPU"
+        if on_cpu and not torch.cpu._is_amx_tile_supported():
+            machine = "a CPU without AMX"
+            del schemes["fp8_block"]
+        if self._quantization not in schemes:
+            raise EngineError(
+                f"rollout.quantization = {self._quantization!r}: vLLM on {machine} quantises to {', '.join(schemes)}; "
+                f"choose one of these, or rollout.engine = 'transformers'"
+            )
+        return schemes[self._quantization]

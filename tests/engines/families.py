@@ -1,0 +1,134 @@
+"""Tiny models of every family that engines serve, with random weights, and what the tests ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from shared.engines.base import Engine, Finished, Request
+from shared.messages import Sampling
+
+VOCABULARY = 48
+CONTEXT = 160
+SLOTS = 48
+STOP = 3
+"""The token that ends a sample in the contract's engines."""
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def tiny(family: str, seed: int = 0, *, tied: bool = True, wide: bool = False) -> PreTrainedModel:
+    """A model whose logits are far enough apart that greedy choices are not a matter of rounding.
+
+    Heads are 32 wide: vLLM's kernels for CPUs know no smaller ones. A `wide` one has layers for blocks of 128.
+    """
+    sizes = {**_SIZES, **(_WIDE if wide else {})}
+    torch.manual_seed(seed)
+    match family:
+        case "qwen2":
+            model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True))
+        case "qwen3_moe":
+            moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **moe, head_dim=32, tie_word_embeddings=False))
+        case _:
+            model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    return model.eval()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random token ids."""
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ask(
+    key: object,
+    tokens: list[int],
+    *,
+    samples: int = 1,
+    new: int = 12,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> Request:
+    return Request(key, tokens, samples, Sampling(temperature, top_p, top_k, new), seed)
+
+
+def run(engine: Engine, *requests: Request) -> dict[tuple[object, int], Finished]:
+    """Submit all, advance until nothing is left; the samples by (key, sample)."""
+    for request in requests:
+        engine.submit(request)
+    return drain(engine)
+
+
+def drain(engine: Engine) -> dict[tuple[object, int], Finished]:
+    finished: dict[tuple[object, int], Finished] = {}
+    while engine.stats().running or engine.stats().queued:
+        finished.update({(sample.key, sample.sample): sample for sample in engine.advance()})
+    return finished
+
+
+def hugging_face_greedy(model: PreTrainedModel, tokens: Sequence[int], new: int, stop: int | None = STOP) -> list[int]:
+    """What transformers' own greedy search makes of the prompt."""
+    inputs = torch.tensor([list(tokens)])
+    generated = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )
+    return generated[0, len(tokens) :].tolist()
+
+
+@torch.no_grad()
+def forward_logprobs(
+    model: PreTrainedModel,
+    tokens: list[int],
+    response: list[int],
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> torch.Tensor:
+    """Log-probabilities of `response` after the prompt `tokens`, from one pass over everything, float32[response].
+
+    Of the distribution that is left by temperature, the `top_k` likeliest tokens, and the fewest of those that have
+    `top_p` of the probability together.
+    """
+    logits = model(torch.tensor([tokens + response])).logits[0, len(tokens) - 1 : -1] / temperature
+    logits, order = logits.sort(-1, descending=True)
+    if top_k:
+        logits[:, top_k:] = -torch.inf
+    probabilities = logits.softmax(-1)
+    logits[probabilities.cumsum(-1) - probabilities >= top_p] = -torch.inf
+    ranks = (order == torch.tensor(response)[:, None]).int().argmax(-1)
+    return logits.log_softmax(-1).gather(1, ranks[:, None]).squeeze(1)
