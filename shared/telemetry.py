@@ -46,6 +46,11 @@ def configure_logging(
     _set_up(_Outputs(lines, console), number, bound)
 
 
+def log_to_stderr() -> None:
+    """For a command whose answer goes to stdout, and which belongs to no run: logs are for the person alone."""
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+
+
 def get_logger() -> structlog.typing.FilteringBoundLogger:
     """The process's logger: `log.info("weights loaded", version=3, seconds=0.4)`."""
     return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger())

@@ -106,7 +106,7 @@ def _mismatch(story: Story) -> str | None:
     if off is not None and off > 0.02:
         return (
             f"engine and trainer disagree about the sampled tokens (KL {off:.3f}): a lower train.max_staleness, "
-            "or the same dtype on both sides"
+            "or the same dtype on both sides; the policy's log says what is likely the cause"
         )
     return None
 

@@ -25,6 +25,7 @@ class Optimizer:
             name: p if p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True).requires_grad_()
             for name, p in self._parameters.items()
         }
+        self._names = {id(master): name for name, master in self._masters.items()}
         self.steps = 0
         self._warmup, self._schedule = table.warmup_steps, table.schedule
         self._planned = table.batches * (table.mu * table.minibatches if isinstance(table, TrainTable) else 1)
@@ -95,6 +96,20 @@ class Optimizer:
         self.steps += 1
         self.clear()
         return rate
+
+    def step_back(self) -> dict[str, Tensor]:
+        """What to add to the weights to undo the last step, weight decay apart; empty before the first one here."""
+        found: dict[str, Tensor] = {}
+        for group in self._adam.param_groups:
+            beta1, beta2 = group["betas"]
+            for master in group["params"]:
+                state = self._adam.state.get(master)
+                if not state or not group["lr"]:
+                    continue
+                count = float(state["step"])
+                mean, square = state["exp_avg"] / (1 - beta1**count), state["exp_avg_sq"] / (1 - beta2**count)
+                found[self._names[id(master)]] = group["lr"] * mean / (square.sqrt() + group["eps"])
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside `steps`: "moment/parameter" -> tensor, empty before the first step."""

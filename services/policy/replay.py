@@ -32,6 +32,7 @@ from shared.messages import CommitStep, GradientsReady, Position, TrainStep
 from shared.models import ModelError, load_model
 from shared.records import JournalDamaged, SpoolDamaged, read_journal, read_spooled
 from shared.service import EXIT_DONE, EXIT_RECIPE
+from shared.telemetry import log_to_stderr
 
 METRICS = "metrics.jsonl"
 LIKE = 1e-5  # relative difference above which a metric is marked
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, required=True, help="number of the step, as in metrics.jsonl")
     parser.add_argument("--lineage", type=int, help="lineage of the step (default: the last that has it)")
     given = parser.parse_args(argv)
+    log_to_stderr()
     try:
         return replay(given.replay, given.step, given.lineage)
     except (ReplayError, RecipeError, CheckpointError, ModelError, TrainerError, BatchError, JournalDamaged) as error:

@@ -25,15 +25,19 @@ from transformers import PreTrainedModel
 from services.policy.batch import Frame, MicroBatch, micro_batches, rows_of, sequences_of
 from services.policy.correction import Correction, CorrectionSettings, Level
 from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_logprobs, token_weights
+from services.policy.mismatch import Diagnosis, diagnose
 from services.policy.optimizer import Optimizer
 from services.policy.reduce import reduce_gradients, reduce_metrics
 from shared.config import Recipe
 from shared.config.schema import OptimizerTable
 from shared.mesh import Mesh
 from shared.messages import CommitStep, GradientsReady, Position, StepApplied, TrainStep
+from shared.telemetry import get_logger
 
 Stage = Literal["sft", "train"]
 MEGABYTE = 1 << 20
+LOOK_AGAIN_STEPS = 50
+"""Steps between two searches for the cause of a mismatch, which cost some twenty forward passes each."""
 
 
 class TrainerError(Exception):
@@ -74,6 +78,7 @@ class Trainer:
         self.optimizer: Optimizer | None = None
         self.reference: Snapshot | None = None
         self._behaviour: Snapshot | None = None
+        self._next_look = 0
         self._meshes = meshes
         self._hand: Hand | None = None
         self._applied: tuple[CommitStep, StepApplied] | None = None
@@ -205,11 +210,39 @@ class Trainer:
             with self._meshes(step.mesh) as mesh:
                 reduce_gradients(gradients, mesh, self.recipe.weights.bucket_mb * MEGABYTE)
                 sums, maxima = reduce_metrics(sums, maxima, mesh)
+        if step.index == 0 and batches:
+            self._look_at_mismatch(step, batches[0], sums.get("mismatch_abs", 0.0))
         norm = self.optimizer.clip(_live(step, "grad_clip"))
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])
         if not finite:
             self.optimizer.clear()
         return {**sums, **maxima, "grad_norm": norm}, finite
+
+    def _look_at_mismatch(self, step: TrainStep, micro: MicroBatch, mismatch: float) -> None:
+        """Say, once in a while, why the engines may disagree with this model more than they should."""
+        train = self.recipe.train
+        if train is None or mismatch <= train.mismatch_warning or step.step < self._next_look:
+            return
+        self._next_look = step.step + LOOK_AGAIN_STEPS
+        likely = self.cause_of_mismatch(micro.to(self._device))
+        get_logger().warning(
+            "engine and trainer disagree about the tokens that were drawn",
+            step=step.step,
+            mismatch=round(mismatch, 4),
+            allowed=train.mismatch_warning,
+            likely=likely.cause,
+            why=str(likely),
+        )
+
+    def cause_of_mismatch(self, micro: MicroBatch) -> Diagnosis:
+        """Why this model disagrees with the engine's log-probabilities of the micro-batch."""
+
+        def logprobs(tried: MicroBatch, weights: Mapping[str, Tensor] | None) -> Tensor:
+            return self._logprobs(tried, Snapshot(self.position, dict(weights)) if weights is not None else None)[0]
+
+        reference = self.reference.tensors if self.reference is not None else None
+        step_back = self.optimizer.step_back() if self.optimizer is not None else {}
+        return diagnose(micro, self.model, step_back, reference, logprobs)
 
     def _loss(self, step: TrainStep, micro: MicroBatch) -> LossResult:
         if step.stage == "sft":

@@ -87,6 +87,7 @@ def run(tools: Any, tmp_path: Path) -> Recorder:
 
 
 def replayed(run: Recorder, capsys: pytest.CaptureFixture[str], step: int, *more: str) -> tuple[dict[str, float], str]:
+    capsys.readouterr()  # what recording the run said
     assert main(["--replay", str(run.folder), "--step", str(step), *more]) == EXIT_DONE
     out = capsys.readouterr().out
     table = out.splitlines()[3:]
