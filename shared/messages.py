@@ -121,6 +121,7 @@ class AssignedGroup(Part):
     """A group inside a `TrainStep`; its payload frames follow in the order of `arrays`.
 
     `temperature` is the one that its tokens were sampled with: log-probs are compared under the same distribution.
+    `replica` is who sampled them.
     """
 
     group: int
@@ -131,6 +132,7 @@ class AssignedGroup(Part):
     advantages: list[float]
     temperature: float
     arrays: list[ArrayHeader]
+    replica: str = ""
 
 
 class MeshMember(Part):

@@ -41,6 +41,7 @@ class TrainSequence:
     logprobs: np.ndarray
     advantage: float
     temperature: float
+    replica: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class MicroBatch:
     advantages: Tensor  # float32 [T]
     engine_logprobs: Tensor  # float32 [T]
     temperatures: Tensor  # float32 [T], what each token was sampled with
+    replicas: tuple[str, ...]  # [N], who sampled each response
 
     @property
     def tokens(self) -> int:
@@ -139,7 +141,7 @@ def _split(step: int, group: AssignedGroup, frames: Sequence[Frame]) -> list[Tra
         found.append(
             TrainSequence(
                 group.group, group.attempt, sample, arrays["prompt"], arrays["tokens"][part],
-                arrays["logprobs"][part], advantage, group.temperature,
+                arrays["logprobs"][part], advantage, group.temperature, group.replica,
             )
         )  # fmt: skip
     return found
@@ -234,4 +236,5 @@ def _pad(rows: Sequence[Row], pad: int) -> MicroBatch:
         advantages=torch.from_numpy(advantages),
         engine_logprobs=torch.from_numpy(np.concatenate([s.logprobs for s in responses]).astype(np.float32)),
         temperatures=torch.from_numpy(temperatures),
+        replicas=tuple(s.replica for s in responses),
     )

@@ -1,10 +1,10 @@
-"""Why engine and trainer disagree about the tokens that the engine drew: each likely cause is tried out.
+"""How much each engine and the trainer disagree about the tokens that the engine drew, and why.
 
-Called by the trainer when the mean absolute log-ratio of a batch passes `train.mismatch_warning`. Every cause has a way
-to compute the log-probabilities that the engine would have had under it: at another temperature, with rounded weights,
-or with older ones: those of some optimizer steps ago, as far as the last step tells, or on the way back to those that
-the stage began with. The cause that explains the most of the mismatch is named; if none explains much of a large one,
-the engine has read another prompt than it recorded.
+When the mean absolute log-ratio of a batch passes `train.mismatch_warning`, each likely cause is tried out:
+the log-probabilities that the engine would have had at another temperature, with rounded weights, or with older ones -
+those of some optimizer steps ago, as far as the last step tells, or on the way back to those that the stage began with.
+The cause that explains the most of the mismatch is named; if none explains much of a large one, the engine has read
+another prompt than it recorded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from services.policy.batch import MicroBatch
-from shared.config.schema import Quantization
+from shared.config.schema import Quantization, RolloutTable
 from shared.engines.base import EngineError
 from shared.engines.quantization import quantize_dequantize, quantized_weights
 
@@ -32,6 +32,8 @@ STEPS_BACK = (1, 2, 4, 8, 16)
 """Tried as multiples of what undoes the last optimizer step."""
 WAYS_BACK = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """Shares of the way from the trainer's weights back to the reference's; 1 is an engine that was never updated."""
+SEPARATOR = ":"
+"""In names of sums that are of one engine."""
 EXPLAINED = 0.3
 """Share of the mismatch that a cause has to explain to be named."""
 LARGE = 0.3
@@ -57,6 +59,37 @@ class Diagnosis:
     def __str__(self) -> str:
         found = f" ({self.detail} explains {100 * self.explained:.0f} % of it)" if self.detail else ""
         return f"{ADVICE[self.cause]}{found}"
+
+
+def names_by_engine(table: RolloutTable) -> list[str]:
+    """The sums of `sums_by_engine`: none in a run of one engine, whose mismatch is the whole one."""
+    engines = sorted(set(table.engines)) if len(set(table.engines)) > 1 else []
+    return [f"{name}{SEPARATOR}{engine}" for engine in engines for name in ("off", "tokens")]
+
+
+@torch.no_grad()
+def sums_by_engine(micro: MicroBatch, logprobs: Tensor, table: RolloutTable) -> dict[str, Tensor]:
+    """Absolute log-ratios and tokens of each engine's part of the micro-batch, to be added up over all members."""
+    names = names_by_engine(table)
+    if not names:
+        return {}
+    off = (logprobs - micro.engine_logprobs).abs()
+    drew = [table.engine_of(replica) for replica in micro.replicas]
+    sums: dict[str, Tensor] = {}
+    for engine in set(table.engines):
+        mine = torch.tensor([one == engine for one in drew], device=off.device).repeat_interleave(micro.lengths)
+        sums |= {f"off{SEPARATOR}{engine}": off[mine].sum(), f"tokens{SEPARATOR}{engine}": mine.sum()}
+    return sums
+
+
+def mean_by_engine(sums: Mapping[str, float]) -> dict[str, float]:
+    """The sums of `sums_by_engine` as `mismatch_abs_ENGINE`, for engines that drew anything; others as they are."""
+    found = {name: value for name, value in sums.items() if SEPARATOR not in name}
+    for name, tokens in sums.items():
+        kind, _, engine = name.partition(SEPARATOR)
+        if kind == "tokens" and tokens:
+            found[f"mismatch_abs_{engine}"] = sums[f"off{SEPARATOR}{engine}"] / tokens
+    return found
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from services.policy.batch import Frame, MicroBatch, micro_batches, rows_of, sequences_of
 from services.policy.correction import Correction, CorrectionSettings, Level
 from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_logprobs, token_weights
-from services.policy.mismatch import Diagnosis, diagnose
+from services.policy.mismatch import Diagnosis, diagnose, mean_by_engine, names_by_engine, sums_by_engine
 from services.policy.optimizer import Optimizer
 from services.policy.reduce import reduce_gradients, reduce_metrics
 from shared.config import Recipe
@@ -198,7 +198,7 @@ class Trainer:
         rows = rows_of(sequences_of(step, frames), limit, self._width)
         batches = micro_batches(rows, limit, pad=0)
         self.optimizer.clear()
-        totals = _Totals(_metric_names(step, self.reference is not None))
+        totals = _Totals(_metric_names(step, self.recipe, self.reference is not None))
         for micro in batches:
             result = self._loss(step, micro.to(self._device))
             result.loss.backward()
@@ -212,6 +212,7 @@ class Trainer:
                 sums, maxima = reduce_metrics(sums, maxima, mesh)
         if step.index == 0 and batches:
             self._look_at_mismatch(step, batches[0], sums.get("mismatch_abs", 0.0))
+        sums = mean_by_engine(sums)
         norm = self.optimizer.clip(_live(step, "grad_clip"))
         finite = math.isfinite(norm) and math.isfinite(sums["loss"])
         if not finite:
@@ -266,7 +267,7 @@ class Trainer:
             sequences=step.sequences,
             constant=int(step.hyperparameters["rollout.max_new_tokens"]),
         )
-        return grpo_loss(
+        result = grpo_loss(
             logprobs,
             old,
             micro.engine_logprobs,
@@ -278,6 +279,7 @@ class Trainer:
             settings,
             tokens=step.tokens,
         )
+        return replace(result, sums=result.sums | sums_by_engine(micro, old, self.recipe.rollout))
 
     def _logprobs(self, micro: MicroBatch, weights: Snapshot | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [T] of the response tokens, under the model's own or a snapshot's weights."""
@@ -319,12 +321,13 @@ class _Totals:
             self.maxima[name] = max(self.maxima[name], float(value))
 
 
-def _metric_names(step: TrainStep, reference: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _metric_names(step: TrainStep, recipe: Recipe, reference: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if step.stage == "sft":
         return ("loss", "entropy"), ()
     kl = ("kl_reference",) if reference and _grpo_settings(step).kl_weight > 0 else ()
-    sums = ("loss", "entropy", "clip_share", "kl_old", "mismatch_abs", "mismatch_kl")
-    return (*sums, "mismatch_outside", "importance_mean", "importance_cut", *kl), ("mismatch_max",)
+    sums: tuple[str, ...] = ("loss", "entropy", "clip_share", "kl_old", "mismatch_abs", "mismatch_kl")
+    sums = (*sums, "mismatch_outside", "importance_mean", "importance_cut", *kl, *names_by_engine(recipe.rollout))
+    return sums, ("mismatch_max",)
 
 
 def _grpo_settings(step: TrainStep) -> GrpoSettings:

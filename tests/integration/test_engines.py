@@ -45,6 +45,9 @@ def test_three_engines_generate_for_one_run(new_run: NewRun, recipe: Path) -> No
     # float32 and fresh weights on all sides: engines and trainer agree to rounding, whoever generated
     off = [line["mismatch_max"] for line in run.metrics() if "mismatch_max" in line]
     assert len(off) >= 60 and max(off) < 1e-3
+    for engine in ENGINES:
+        own = [line[f"mismatch_abs_{engine}"] for line in run.metrics() if f"mismatch_abs_{engine}" in line]
+        assert own and max(own) < 1e-4
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from msgspec import structs
 
 from services.policy.batch import Row, micro_batches, rows_of, sequences_of
 from services.policy.trainer import Trainer, TrainerError
@@ -272,6 +273,21 @@ def test_later_steps_of_a_batch_are_compared_with_the_weights_it_started_from(to
     mismatch = [vote.metrics["mismatch_kl"] for vote in votes]
     assert mismatch == pytest.approx([mismatch[0]] * 3, rel=1e-5)
     assert votes[1].metrics["clip_share"] > 0
+
+
+def test_a_run_of_several_engines_has_the_mismatch_of_each(tools: Any) -> None:
+    recipe = tools.recipe(rollout__engine=["transformers", "vllm", "sglang"])
+    step, frames = tools.step(recipe, groups=3)
+    groups = [structs.replace(group, replica=f"rollout-{number % 2}") for number, group in enumerate(step.groups)]
+    mixed = structs.replace(step, groups=groups)
+    both = tools.trainer(recipe).compute(mixed, frames).metrics
+    alone = tools.trainer(tools.recipe()).compute(step, frames).metrics
+    assert not [name for name in alone if name.startswith("mismatch_abs_")]
+    tokens = [sum(group.lengths) for group in groups]
+    mine, other = both["mismatch_abs_transformers"], both["mismatch_abs_vllm"]
+    whole = ((tokens[0] + tokens[2]) * mine + tokens[1] * other) / sum(tokens)
+    assert whole == pytest.approx(both["mismatch_abs"], rel=1e-5) == pytest.approx(alone["mismatch_abs"], rel=1e-5)
+    assert "mismatch_abs_sglang" not in both, "it drew nothing"
 
 
 def test_a_later_step_of_a_batch_whose_first_was_not_seen_is_refused(tools: Any) -> None:

@@ -166,6 +166,7 @@ def train_step(turn: Turn, replica: str) -> tuple[TrainStep, list[Spooled]]:
                 advantages=advantages,
                 temperature=group.sampling.temperature,
                 arrays=group.arrays,
+                replica=group.replica,
             )
         )
         if group.spooled is not None:
