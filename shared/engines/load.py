@@ -75,9 +75,7 @@ def _hosted(
         from shared.engines import sglang
 
         sglang.prepare_process(threads)
-        return sglang.SglangEngine(
-            Path(folder), vocabulary=int(config.vocab_size), deterministic=recipe.run.deterministic, **common
-        )
+        return sglang.SglangEngine(Path(folder), vocabulary=int(config.vocab_size), **common)
 
 
 def _cache_bytes(config: PretrainedConfig, itemsize: int) -> int:

@@ -42,11 +42,11 @@ def prepare_process(threads: int) -> None:
 class SglangEngine(HostedEngine):
     """SGLang on the model of `folder`, whose weights come by `update`; for what is not named here, see HostedEngine.
 
-    `deterministic` makes draws follow the requests' seeds (GPU only, and slower). `memory` is the share of a GPU's
-    memory that it may take; on a CPU its cache holds `slots` sequences.
+    `memory` is the share of a GPU's memory that it may take; on a CPU its cache holds `slots` sequences.
     """
 
     name = "SGLang"
+    seeded = False  # it follows seeds with deterministic kernels alone, which are slow, and which a CPU does not have
 
     def __init__(
         self,
@@ -56,7 +56,6 @@ class SglangEngine(HostedEngine):
         seed: int,
         vocabulary: int,
         quantization: Quantization | None = None,
-        deterministic: bool = False,
         memory: float,
         context: int,
         **shared: Any,
@@ -66,7 +65,6 @@ class SglangEngine(HostedEngine):
         self._seed = seed
         self._vocabulary = vocabulary
         self._quantization = quantization
-        self.seeded = deterministic
         self._memory = memory
         self._engine: Any = None
         self._processes: list[int] = []
@@ -80,10 +78,6 @@ class SglangEngine(HostedEngine):
 
         on_cpu = not torch.cuda.is_available()
         scheme = self._scheme(on_cpu)  # refused before the seconds of an import
-        if on_cpu and self.seeded:
-            raise EngineError(
-                "run.deterministic: SGLang draws by the seeds of requests on GPUs alone; take another rollout.engine"
-            )
         from sglang.srt.entrypoints.engine import Engine
 
         from shared.engines.sglang_worker import LOADER
@@ -98,7 +92,6 @@ class SglangEngine(HostedEngine):
             quantization=scheme,
             context_length=self.context + RESERVED,
             max_running_requests=self._slots,
-            enable_deterministic_inference=self.seeded,
             sampling_mask_max_tokens=self._vocabulary,
             stream_interval=STREAM_TOKENS,
             sleep_on_idle=True,
@@ -129,8 +122,6 @@ class SglangEngine(HostedEngine):
             "max_new_tokens": sample.limit,
             "stop_token_ids": self._stops,
         }
-        if self.seeded:
-            parameters["sampling_seed"] = sample.stream
         if cut:
             parameters["top_k"] = asked.top_k or self._vocabulary
         from sglang.srt.managers.io_struct import GenerateReqInput

@@ -72,6 +72,9 @@ class Recipe(Table):
                 raise ValueError("run.deterministic wants rollout.replicas = 1")
             if self.judge == "evaluator" and self.evaluator.replicas != 1:
                 raise ValueError("run.deterministic wants evaluator.replicas = 1")
+            if self.rollout.engines != ["transformers"]:
+                # others put their batches together by the clock
+                raise ValueError('run.deterministic wants rollout.engine = "transformers"')
         return self
 
     def _check_step_size(self) -> None:

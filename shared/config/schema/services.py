@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -49,11 +49,13 @@ class RolloutTable(Table):
     top_k: int = Field(0, ge=0, json_schema_extra=LIVE)
     max_new_tokens: Positive = Field(64, json_schema_extra=LIVE)
 
-    @field_validator("engine")
+    @field_validator("engine", mode="before")
     @classmethod
-    def _some_engine(cls, engine: EngineName | list[EngineName]) -> EngineName | list[EngineName]:
-        if not engine:
-            raise ValueError("expected an engine, or a list of at least one")
+    def _known_engines(cls, engine: object) -> object:
+        names = engine if isinstance(engine, list) else [engine]
+        known = get_args(EngineName)
+        if not names or any(name not in known for name in names):
+            raise ValueError(f"expected one of {', '.join(known)}, or a list of them")
         return engine
 
     @property

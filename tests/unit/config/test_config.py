@@ -85,6 +85,8 @@ def test_an_unknown_table_is_refused(recipe_file: Path) -> None:
         ("run.deterministic=1", "run.deterministic"),
         ("weights.backend=mpi", "weights.backend"),
         ("run.name=../up", "run.name"),
+        ("rollout.engine=tgi", "rollout.engine"),
+        ("rollout.quantization=int4", "rollout.quantization"),
     ],
 )
 def test_a_wrong_type_or_value_is_refused_by_name(recipe_file: Path, override: str, field: str) -> None:
@@ -109,6 +111,11 @@ def test_a_run_with_nothing_to_do_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text('[model.build]\n[data.a]\nkind = "jsonl"\npath = "a.jsonl"\n')
     assert "nothing to do" in refusal(path)
+
+
+def test_deterministic_wants_an_engine_that_does_not_go_by_the_clock(recipe_file: Path) -> None:
+    overrides = ["run.deterministic=true", "train.max_staleness=0", "rollout.engine=vllm"]
+    assert 'run.deterministic wants rollout.engine = "transformers"' in refusal(recipe_file, *overrides)
 
 
 def test_deterministic_wants_no_staleness(recipe_file: Path) -> None:

@@ -47,5 +47,6 @@ def test_replicas_take_the_engines_of_a_list_in_turn() -> None:
     names = ["rollout-0", "rollout-1", "rollout-2", "by-hand"]
     assert [table.engine_of(name) for name in names] == ["vllm", "sglang", "vllm", "vllm"]
     assert RolloutTable(engine="vllm").engine_of("rollout-7") == "vllm"
-    with pytest.raises(ValueError, match="at least one"):
-        RolloutTable(engine=[])
+    for wrong in ([], ["vllm", "tgi"], "tgi", 3):
+        with pytest.raises(ValueError, match="expected one of transformers, vllm, sglang, or a list of them"):
+            RolloutTable(engine=wrong)
