@@ -38,6 +38,7 @@ from shared.engines.base import (
     room_for,
     weights_diverged,
 )
+from shared.engines.endpoint import Application, Endpoint
 from shared.engines.sampling import as_int64, stream_keys
 from shared.messages import Sampling
 from shared.weights import StagedWeights, TensorSpec
@@ -90,7 +91,8 @@ class Report:
 class HostedEngine(Engine):
     """What all such engines share. A backend is started by `_start`, on the engine's thread, within `start_s`.
 
-    `stops` are stop token ids; every other call into the backend has to end within `call_s`.
+    `stops` are stop token ids; every other call into the backend has to end within `call_s`. With `serve`, the engine
+    answers people, too, on that port of loopback.
     """
 
     name = "engine"
@@ -104,6 +106,7 @@ class HostedEngine(Engine):
         stops: Iterable[int],
         start_s: float,
         call_s: float,
+        serve: int | None = None,
     ) -> None:
         self.version = -1
         self.context = context
@@ -121,11 +124,12 @@ class HostedEngine(Engine):
         self._closed = False
         self._busy = 0.0
         self._busy_since: float | None = None
+        self._endpoint = Endpoint(serve, lambda: self._epoch) if serve is not None else None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
         self._thread.start()
         try:
-            self._call(self._start(), start_s, "start")
+            self._call(self._begin(), start_s, "start")
         except BaseException:
             self.close()
             raise
@@ -135,6 +139,10 @@ class HostedEngine(Engine):
     @abstractmethod
     async def _start(self) -> None:
         """Load the model, with any weights, and be ready to generate. EngineError for what cannot work here."""
+
+    @abstractmethod
+    async def _application(self) -> Application:
+        """The engine's own OpenAI-compatible server, once it has started."""
 
     @abstractmethod
     async def _generate(self, sample: Sample) -> Made:
@@ -235,7 +243,7 @@ class HostedEngine(Engine):
             self._drop(sample)
         self._running.clear()
         self._left.clear()
-        wait([asyncio.run_coroutine_threadsafe(self._stop(), self._loop)], timeout=self._call_s)
+        wait([asyncio.run_coroutine_threadsafe(self._end(), self._loop)], timeout=self._call_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(self._call_s)
 
@@ -298,6 +306,16 @@ class HostedEngine(Engine):
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self._loop.close()
+
+    async def _begin(self) -> None:
+        await self._start()
+        if self._endpoint is not None:
+            await self._endpoint.start(await self._application())
+
+    async def _end(self) -> None:
+        if self._endpoint is not None:
+            await self._endpoint.stop()
+        await self._stop()
 
     async def _run(self, sample: Sample) -> None:
         try:

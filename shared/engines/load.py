@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,18 +65,22 @@ def _hosted(
         "stops": stop_tokens(tokenizer, skeleton.generation_config),
         "start_s": recipe.timeouts.load_s,
         "call_s": recipe.timeouts.transfer_s,
+        "serve": recipe.rollout.port_of(replica) if role == "rollout" else None,
     }
-    with TemporaryDirectory(prefix="orrery-model-") as folder:
-        write_folder(skeleton, tokenizer, Path(folder))
-        if recipe.rollout.engine_of(replica) == "vllm":
-            from shared.engines import vllm
+    folder = TemporaryDirectory(prefix="orrery-model-")
+    write_folder(skeleton, tokenizer, Path(folder.name))
+    if recipe.rollout.engine_of(replica) == "vllm":
+        from shared.engines import vllm
 
-            vllm.prepare_process(threads, slots * common["context"] * _cache_bytes(config, skeleton.dtype.itemsize))
-            return vllm.VllmEngine(Path(folder), **common)
+        vllm.prepare_process(threads, slots * common["context"] * _cache_bytes(config, skeleton.dtype.itemsize))
+        engine: Engine = vllm.VllmEngine(Path(folder.name), **common)
+    else:
         from shared.engines import sglang
 
         sglang.prepare_process(threads)
-        return sglang.SglangEngine(Path(folder), vocabulary=int(config.vocab_size), **common)
+        engine = sglang.SglangEngine(Path(folder.name), vocabulary=int(config.vocab_size), **common)
+    weakref.finalize(engine, folder.cleanup)  # its endpoint reads the tokenizer as long as it lives
+    return engine
 
 
 def _cache_bytes(config: PretrainedConfig, itemsize: int) -> int:

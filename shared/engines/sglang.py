@@ -12,10 +12,11 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shared.config.schema import Quantization
 from shared.engines.base import EngineError
+from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.weights import StagedWeights
 
@@ -84,7 +85,9 @@ class SglangEngine(HostedEngine):
 
         self._engine = Engine(
             model_path=str(self._folder),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=self._endpoint is None,
+            served_model_name=SERVED_NAME,
+            skip_server_warmup=True,
             load_format="dummy",
             custom_weight_loader=[LOADER],
             dtype=self._dtype,
@@ -100,6 +103,22 @@ class SglangEngine(HostedEngine):
             **(self._on_cpu() if on_cpu else {"mem_fraction_static": self._memory}),
         )
         self._processes = list(self._engine.get_all_child_pids())
+
+    async def _application(self) -> Application:
+        from sglang.srt.entrypoints import http_server
+
+        engine, application = self._engine, http_server.app
+        http_server.set_global_state(
+            http_server._GlobalState(
+                tokenizer_manager=engine.tokenizer_manager,
+                template_manager=engine.template_manager,
+                scheduler_info=engine._scheduler_init_result.scheduler_infos[0],
+            )
+        )
+        application.is_single_tokenizer_mode = True
+        application.server_args = engine.server_args
+        application.warmup_thread_kwargs = {"server_args": engine.server_args}
+        return cast(Application, application)
 
     def _on_cpu(self) -> dict[str, Any]:
         return {

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import torch
 
 from shared.config.schema import Quantization
 from shared.engines.base import EngineError
+from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.weights import StagedWeights
 
@@ -134,7 +135,7 @@ class VllmEngine(HostedEngine):
         on_cpu = current_platform.is_cpu()
         arguments = AsyncEngineArgs(
             model=str(self._folder),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=self._endpoint is None,
             load_format="dummy",
             dtype=self._dtype,
             seed=self._seed,
@@ -151,6 +152,19 @@ class VllmEngine(HostedEngine):
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._meter.logger()])
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest())
         await self._engine.update_weight_version(str(self.version))
+
+    async def _application(self) -> Application:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        options = ["--model", str(self._folder), "--served-model-name", SERVED_NAME]
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+        tasks = await self._engine.get_supported_tasks()
+        application = build_app(arguments, tasks, self._engine.model_config)
+        await init_app_state(self._engine, application.state, arguments, tasks)
+        return cast(Application, application)
 
     def _on_cpu(self) -> dict[str, Any]:
         return {

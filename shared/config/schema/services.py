@@ -39,6 +39,13 @@ class RolloutTable(Table):
     quantization: Quantization | None = Field(
         None, description="format of the weights that generate; evaluators of their own keep full precision"
     )
+    serve: int | None = Field(
+        None,
+        ge=1024,
+        le=65000,
+        description="port of loopback at which replica 0 answers OpenAI-compatible requests with the model in "
+        "training, replica 1 at the next, and so on (vLLM and SGLang)",
+    )
     memory: float = Field(
         0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM or SGLang may take for weights and cache"
     )
@@ -65,8 +72,16 @@ class RolloutTable(Table):
 
     def engine_of(self, replica: str) -> EngineName:
         """What a replica of this name ("rollout-2") generates with."""
-        number = replica.rpartition("-")[2]
-        return self.engines[int(number) % len(self.engines) if number.isdigit() else 0]
+        return self.engines[_number(replica) % len(self.engines)]
+
+    def port_of(self, replica: str) -> int | None:
+        """Where a replica of this name answers people, if it does."""
+        return self.serve + _number(replica) if self.serve is not None else None
+
+
+def _number(replica: str) -> int:
+    number = replica.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
 
 
 class EvaluatorTable(Table):
