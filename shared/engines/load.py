@@ -59,6 +59,7 @@ def _hosted(
         "seed": recipe.run.seed,
         "quantization": _quantization(recipe, role),
         "memory": recipe.rollout.memory,
+        "parallel": recipe.rollout.parallel,
         "manifest": manifest_of(skeleton),
         "context": int(config.max_position_embeddings),
         "slots": slots,
@@ -77,7 +78,7 @@ def _hosted(
     else:
         from shared.engines import sglang
 
-        sglang.prepare_process(threads)
+        sglang.prepare_process(threads, recipe.rollout.parallel.ranks)
         engine = sglang.SglangEngine(Path(folder.name), vocabulary=int(config.vocab_size), **common)
     weakref.finalize(engine, folder.cleanup)  # its endpoint reads the tokenizer as long as it lives
     return engine

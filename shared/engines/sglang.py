@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import signal
 from pathlib import Path
 from typing import Any, cast
 
-from shared.config.schema import Quantization
+from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
@@ -28,13 +29,17 @@ GPU_QUANTIZATION: dict[Quantization, str] = {"fp8": "fp8", "mxfp8": "mxfp8", "mx
 """SGLang's own names of the schemes that quantise what is loaded; without a GPU it has none."""
 
 
-def prepare_process(threads: int) -> None:
+def prepare_process(threads: int, ranks: int) -> None:
     """Settings that SGLang reads from the environment, before its first import; call it on the main thread."""
     import torch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+        if ranks > 1:  # it wants to be told which cores each rank has, in turns where there are not enough
+            cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+            each = [",".join(str(next(cores)) for _ in range(threads)) for _ in range(ranks)]
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(each))
     # its watchdog answers the death of a process with this signal to the whole service, which would end without a
     # reason; the engine notices by itself
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
@@ -58,6 +63,7 @@ class SglangEngine(HostedEngine):
         vocabulary: int,
         quantization: Quantization | None = None,
         memory: float,
+        parallel: EngineParallelTable,
         context: int,
         **shared: Any,
     ) -> None:
@@ -67,6 +73,7 @@ class SglangEngine(HostedEngine):
         self._vocabulary = vocabulary
         self._quantization = quantization
         self._memory = memory
+        self._parallel = parallel
         self._engine: Any = None
         self._processes: list[int] = []
         self._counts = Report()
@@ -93,6 +100,9 @@ class SglangEngine(HostedEngine):
             dtype=self._dtype,
             random_seed=self._seed,
             quantization=scheme,
+            tp_size=self._parallel.tp,
+            pp_size=self._parallel.pp,
+            ep_size=self._parallel.ep,
             context_length=self.context + RESERVED,
             max_running_requests=self._slots,
             sampling_mask_max_tokens=self._vocabulary,
@@ -194,7 +204,10 @@ class SglangEngine(HostedEngine):
             await self._pause_as("retract")  # running sequences give up their keys and values
         place = place_tensor(Place(weights.area.path, weights.area.manifest))
         update = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=[MultiprocessingSerializer.serialize([("place", place)])],
+            # one for each rank: what is serialised can be read once
+            serialized_named_tensors=[
+                MultiprocessingSerializer.serialize([("place", place)]) for _ in range(self._parallel.tp)
+            ],
             load_format=LOADER,
             flush_cache=recompute,
             weight_version=str(version),

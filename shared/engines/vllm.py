@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import torch
 
-from shared.config.schema import Quantization
+from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
@@ -112,6 +112,7 @@ class VllmEngine(HostedEngine):
         seed: int,
         quantization: Quantization | None = None,
         memory: float,
+        parallel: EngineParallelTable,
         **shared: Any,
     ) -> None:
         self._folder = folder
@@ -119,6 +120,7 @@ class VllmEngine(HostedEngine):
         self._seed = seed
         self._quantization = quantization
         self._memory = memory
+        self._parallel = parallel
         self._meter = _Meter()
         self._engine: Any = None
         super().__init__(**shared)
@@ -140,6 +142,9 @@ class VllmEngine(HostedEngine):
             dtype=self._dtype,
             seed=self._seed,
             quantization=self._scheme(on_cpu),
+            tensor_parallel_size=self._parallel.tp,
+            pipeline_parallel_size=self._parallel.pp,
+            enable_expert_parallel=self._parallel.ep > 1,
             max_model_len=self.context,
             max_num_seqs=self._slots,
             # what a worker reports is the distribution that tokens are drawn from

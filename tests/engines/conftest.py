@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from shared.config.schema import EngineParallelTable
 from shared.engines.base import Engine
 from shared.engines.folder import write_folder
 from shared.weights import manifest_of, stage
@@ -86,6 +87,7 @@ def _start(name: str, model: PreTrainedModel, folder: Path, slots: int, options:
         "dtype": "float32",
         "seed": 0,
         "memory": 0.5,
+        "parallel": EngineParallelTable(),
         "manifest": manifest_of(model),
         "context": CONTEXT,
         "slots": slots,
@@ -102,5 +104,5 @@ def _start(name: str, model: PreTrainedModel, folder: Path, slots: int, options:
     from shared.engines.sglang import SglangEngine
     from shared.engines.sglang import prepare_process as prepare_sglang
 
-    prepare_sglang(threads=1)
+    prepare_sglang(threads=1, ranks=common["parallel"].ranks)  # type: ignore[attr-defined]
     return SglangEngine(folder, vocabulary=VOCABULARY, **common)  # type: ignore[arg-type]

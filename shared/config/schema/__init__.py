@@ -24,7 +24,15 @@ from shared.config.schema.rewards import (
     VerifierPart,
 )
 from shared.config.schema.run import RunTable
-from shared.config.schema.services import EngineName, EvaluatorTable, InFlight, PolicyTable, Quantization, RolloutTable
+from shared.config.schema.services import (
+    EngineName,
+    EngineParallelTable,
+    EvaluatorTable,
+    InFlight,
+    PolicyTable,
+    Quantization,
+    RolloutTable,
+)
 from shared.config.schema.stages import OptimizerTable, SftTable, StopTable, TrainTable
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "ChoicePart",
     "DataTable",
     "EngineName",
+    "EngineParallelTable",
     "EvaluationTable",
     "EvaluatorTable",
     "ExactPart",

@@ -63,6 +63,8 @@ class Recipe(Table):
                     f"reward part {part.name!r} punishes from {part.max_length - part.cache_length} tokens on, but no "
                     f"completion has more than rollout.max_new_tokens = {self.rollout.max_new_tokens}: lower max_length"
                 )
+        if self.rollout.parallel.ranks > 1 and "transformers" in self.rollout.engines:
+            raise ValueError('rollout.parallel wants rollout.engine = "vllm" or "sglang"; transformers has one rank')
         if self.rollout.serve is not None and "transformers" in self.rollout.engines:
             raise ValueError('rollout.serve wants rollout.engine = "vllm" or "sglang", which come with a server')
         if self.run.deterministic:

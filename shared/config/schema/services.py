@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.schema.base import LIVE, Positive, Table
 
@@ -22,6 +22,25 @@ class PolicyTable(Table):
     replicas: Positive = Field(1, description="policies that share every step; the first step waits for them")
     threads: Positive = Field(1, description="CPU threads of the trainer")
     micro_batch_tokens: Positive = Field(16384, description="padded tokens in one forward pass")
+
+
+class EngineParallelTable(Table):
+    """[rollout.parallel]: how many processes hold one replica's model (vLLM and SGLang)."""
+
+    tp: Positive = Field(1, description="ranks that share each layer (tensor parallelism)")
+    pp: Positive = Field(1, description="ranks that share the layers among them (pipeline parallelism)")
+    ep: Positive = Field(1, description="ranks that share the experts: 1, or all of tp (expert parallelism)")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.ep not in (1, self.tp):
+            raise ValueError(f"expected ep of 1 or of tp = {self.tp}, got {self.ep}")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one replica's engine."""
+        return self.tp * self.pp
 
 
 class RolloutTable(Table):
@@ -50,6 +69,7 @@ class RolloutTable(Table):
         0.85, gt=0, lt=1, description="share of a GPU's memory that vLLM or SGLang may take for weights and cache"
     )
     threads: Positive = Field(1, description="CPU threads of the engine")
+    parallel: EngineParallelTable = EngineParallelTable()
     slots: Positive = Field(64, description="sequences decoded side by side")
     temperature: float = Field(1.0, gt=0, le=10, json_schema_extra=LIVE)
     top_p: float = Field(1.0, gt=0, le=1, json_schema_extra=LIVE)
