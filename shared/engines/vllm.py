@@ -19,6 +19,7 @@ from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
+from shared.engines.orphans import own_engines
 from shared.weights import StagedWeights
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ GPU_QUANTIZATION: dict[Quantization, str] = {
 
 def prepare_process(threads: int, cache_bytes: int) -> None:
     """Settings that vLLM reads from the environment, before its first import; what is set already stays."""
+    own_engines()
     for name, value in {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",

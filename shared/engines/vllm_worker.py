@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from shared.engines.checkpoint import checkpoint_tensors
+from shared.engines.orphans import die_with_owner
 from shared.engines.vllm_names import BACKEND
 from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
@@ -96,6 +97,7 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
 
 
+die_with_owner()
 # each update would warn of layers without weights of their own: rotary embeddings, and a head tied to the embedding
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 

@@ -35,7 +35,7 @@ def make_engine(engine_name: str, tmp_path_factory: pytest.TempPathFactory) -> I
     made: list[Engine] = []
 
     def make(model: PreTrainedModel, *, slots: int = SLOTS, **options: object) -> Engine:
-        engine = _start(engine_name, model, tmp_path_factory.mktemp("model"), slots, options)
+        engine = start(engine_name, model, tmp_path_factory.mktemp("model"), slots, options)
         made.append(engine)
         replace(engine, model, 0)
         return engine
@@ -74,7 +74,7 @@ def replace(engine: Engine, model: PreTrainedModel, version: int, **options: obj
     engine.resume()
 
 
-def _start(name: str, model: PreTrainedModel, folder: Path, slots: int, options: dict[str, object]) -> Engine:
+def start(name: str, model: PreTrainedModel, folder: Path, slots: int, options: dict[str, object]) -> Engine:
     if name == "transformers":
         from copy import deepcopy
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace as changed
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -278,6 +281,25 @@ def test_a_killed_worker_is_noticed_at_once(make_engine: MakeEngine, engine_name
     assert time.monotonic() - killed < 2
     engine.close()
     assert not [child for child in workers if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_engine_does_not_outlive_the_process_that_started_it(engine_name: str, tmp_path: Path) -> None:
+    if engine_name == "transformers":
+        pytest.skip("it has no processes of its own")
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "tests.engines.owner", engine_name, str(tmp_path)]
+    owner = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert any(line.strip() == "started" for line in owner.stdout)
+    children = psutil.Process(owner.pid).children(recursive=True)
+    workers = [child for child in children if has_model(child)]
+    assert workers
+    owner.kill()
+    owner.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive, f"still there 30 s after their owner was killed: {alive}"
 
 
 def updated_in_flight(engine: Engine, new: PreTrainedModel, in_flight: str) -> list[Finished]:
