@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         "the leases of a lost replica are forgotten",
-        4,
+        10,
         (
             (
                 f"{CORE}/rules/losing.py",
@@ -172,7 +172,7 @@ MUTANTS = [
     ),
     Mutant(
         "gaps in a session are skipped",
-        0,
+        15,
         (("shared/bus/channel.py", "if sequence > self.received + 1:", "if sequence > self.received + 9:"),),
     ),
     Mutant(
@@ -287,7 +287,7 @@ MUTANTS = [
     ),
     Mutant(
         "a lost evaluator's rows are forgotten",
-        16,
+        37,
         (
             (
                 f"{CORE}/rules/losing.py",
@@ -298,7 +298,7 @@ MUTANTS = [
     ),
     Mutant(
         "a round that nobody can finish stays open",
-        51,
+        79,
         (
             (
                 f"{CORE}/rules/judging.py",
@@ -320,7 +320,7 @@ MUTANTS = [
     ),
     Mutant(
         "rollouts get no weights while evaluators judge",
-        16,
+        19,
         (
             (
                 f"{CORE}/rules/syncing.py",
@@ -331,7 +331,7 @@ MUTANTS = [
     ),
     Mutant(
         "a joiner is a member whatever its digest",
-        52,
+        77,
         ((f"{CORE}/rules/joining.py", "    if join.sent != join.received:\n", "    if False:\n"),),
     ),
     Mutant(
