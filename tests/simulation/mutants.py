@@ -254,7 +254,7 @@ MUTANTS = [
     ),
     Mutant(
         "samples of unchecked weights are taken",
-        87,
+        1926,
         ((f"{CORE}/core.py", "report.newest > _checked_version(turn, group)", "False"),),
     ),
     Mutant(
