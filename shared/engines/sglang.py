@@ -8,7 +8,6 @@ meet, since each request's cache salt is its epoch.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import itertools
 import os
 import signal
@@ -19,6 +18,7 @@ from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
+from shared.engines.processes import Watched
 from shared.weights import StagedWeights
 
 RESERVED = 2
@@ -75,7 +75,7 @@ class SglangEngine(HostedEngine):
         self._memory = memory
         self._parallel = parallel
         self._engine: Any = None
-        self._processes: list[int] = []
+        self._processes = Watched([])
         self._counts = Report()
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -112,7 +112,7 @@ class SglangEngine(HostedEngine):
             log_level="warning",
             **(self._on_cpu() if on_cpu else {"mem_fraction_static": self._memory}),
         )
-        self._processes = list(self._engine.get_all_child_pids())
+        self._processes = Watched(self._engine.get_all_child_pids())
 
     async def _application(self) -> Application:
         from sglang.srt.entrypoints import http_server
@@ -225,19 +225,12 @@ class SglangEngine(HostedEngine):
         # SGLang's own shutdown, also at the end of Python, kills every child of this process: reward workers, too
         if self._engine is not None:
             atexit.unregister(self._engine.shutdown)
-        processes, self._processes = self._processes, []
-        _kill(processes)
+        self._processes.kill()
+        self._processes.close()
 
     def _death(self) -> str | None:
-        for pid in self._processes:
-            try:
-                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return f"its process {pid} is gone"
-            if ended is not None:
-                how = "exit code" if ended.si_code == os.CLD_EXITED else "signal"
-                return f"its process {pid} ended by {how} {ended.si_status}"
-        return None
+        ended = self._processes.ended()
+        return f"its process {ended} ended; its log is above" if ended is not None else None
 
     def _report(self) -> Report:
         self._counts.prefix_hits = self._cached_tokens / max(1, self._prompt_tokens)
@@ -253,16 +246,6 @@ class SglangEngine(HostedEngine):
                 f"choose another format, or another rollout.engine"
             )
         return GPU_QUANTIZATION[self._quantization]
-
-
-def _kill(processes: list[int]) -> None:
-    """End them and wait until they are gone."""
-    for pid in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for pid in processes:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
 
 
 def _whole(answer: Any) -> None:

@@ -19,7 +19,7 @@ from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
-from shared.engines.orphans import own_engines
+from shared.engines.processes import Watched, own_engines
 from shared.weights import StagedWeights
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class VllmEngine(HostedEngine):
         self._parallel = parallel
         self._meter = _Meter()
         self._engine: Any = None
+        self._workers = Watched([])
         super().__init__(**shared)
 
     async def _start(self) -> None:
@@ -159,6 +160,7 @@ class VllmEngine(HostedEngine):
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._meter.logger()])
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest())
         await self._engine.update_weight_version(str(self.version))
+        self._workers = Watched(await self._engine.collective_rpc("process_id"))
 
     async def _application(self) -> Application:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -229,14 +231,18 @@ class VllmEngine(HostedEngine):
         await self._engine.resume_generation()
 
     async def _stop(self) -> None:
+        self._workers.close()
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
 
     def _death(self) -> str | None:
-        if self._engine is None or not self._engine.errored:
-            return None
-        return "a process of its scheduler or its workers ended; its log is above"
+        ended = self._workers.ended()
+        if ended is not None:
+            return f"its worker {ended} ended; its log is above"
+        if self._engine is not None and self._engine.errored:
+            return "its scheduler ended; its log is above"
+        return None
 
     def _report(self) -> Report:
         return self._meter.report

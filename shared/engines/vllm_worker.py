@@ -8,6 +8,7 @@ mapping is kept once an update has ended.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from shared.engines.checkpoint import checkpoint_tensors
-from shared.engines.orphans import die_with_owner
+from shared.engines.processes import die_with_owner
 from shared.engines.vllm_names import BACKEND
 from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
@@ -103,4 +104,8 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker; its import is what counts."""
+    """Mixed into vLLM's worker; its import registers the transfer backend."""
+
+    def process_id(self) -> int:
+        """The worker's."""
+        return os.getpid()
