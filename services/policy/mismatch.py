@@ -83,12 +83,12 @@ def sums_by_engine(micro: MicroBatch, logprobs: Tensor, table: RolloutTable) -> 
 
 
 def mean_by_engine(sums: Mapping[str, float]) -> dict[str, float]:
-    """The sums of `sums_by_engine` as `mismatch_abs_ENGINE`, for engines that drew anything; others as they are."""
+    """The sums of `sums_by_engine` as `mismatch_abs/ENGINE`, for engines that drew anything; others as they are."""
     found = {name: value for name, value in sums.items() if SEPARATOR not in name}
     for name, tokens in sums.items():
         kind, _, engine = name.partition(SEPARATOR)
         if kind == "tokens" and tokens:
-            found[f"mismatch_abs_{engine}"] = sums[f"off{SEPARATOR}{engine}"] / tokens
+            found[f"mismatch_abs/{engine}"] = sums[f"off{SEPARATOR}{engine}"] / tokens
     return found
 
 

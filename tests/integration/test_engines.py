@@ -46,7 +46,7 @@ def test_three_engines_generate_for_one_run(new_run: NewRun, recipe: Path) -> No
     off = [line["mismatch_max"] for line in run.metrics() if "mismatch_max" in line]
     assert len(off) >= 60 and max(off) < 1e-3
     for engine in ENGINES:
-        own = [line[f"mismatch_abs_{engine}"] for line in run.metrics() if f"mismatch_abs_{engine}" in line]
+        own = [line[f"mismatch_abs/{engine}"] for line in run.metrics() if f"mismatch_abs/{engine}" in line]
         assert own and max(own) < 1e-4
 
 

@@ -41,7 +41,7 @@ def test_every_figure_of_a_line_is_in_the_document_and_the_other_way_round() -> 
     liveness = Liveness(10.0)
     liveness.note(("rollout-0", 1, 0), "generating", 1, {"generating": 1.0})
     made = core_names() | FROM_THE_POLICY | FROM_THE_SHELL | {family(name) for name in liveness.take_spent()}
-    assert made | {"discarded/CAUSE", "reward/PART", "set/FIELD"} == NAMED - PLACES
+    assert made | {"discarded/CAUSE", "reward/PART", "set/FIELD", "mismatch_abs/ENGINE"} == NAMED - PLACES
 
 
 def test_the_policys_loss_reports_what_the_document_says() -> None:

@@ -282,12 +282,12 @@ def test_a_run_of_several_engines_has_the_mismatch_of_each(tools: Any) -> None:
     mixed = structs.replace(step, groups=groups)
     both = tools.trainer(recipe).compute(mixed, frames).metrics
     alone = tools.trainer(tools.recipe()).compute(step, frames).metrics
-    assert not [name for name in alone if name.startswith("mismatch_abs_")]
+    assert not [name for name in alone if name.startswith("mismatch_abs/")]
     tokens = [sum(group.lengths) for group in groups]
-    mine, other = both["mismatch_abs_transformers"], both["mismatch_abs_vllm"]
+    mine, other = both["mismatch_abs/transformers"], both["mismatch_abs/vllm"]
     whole = ((tokens[0] + tokens[2]) * mine + tokens[1] * other) / sum(tokens)
     assert whole == pytest.approx(both["mismatch_abs"], rel=1e-5) == pytest.approx(alone["mismatch_abs"], rel=1e-5)
-    assert "mismatch_abs_sglang" not in both, "it drew nothing"
+    assert "mismatch_abs/sglang" not in both, "it drew nothing"
 
 
 def test_a_later_step_of_a_batch_whose_first_was_not_seen_is_refused(tools: Any) -> None:
