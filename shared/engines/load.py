@@ -52,12 +52,13 @@ def _hosted(
     from shared.weights import manifest_of
 
     skeleton = load_skeleton(recipe.model)
-    config, slots = skeleton.config, _slots(recipe, role)
+    config, slots, quantization = skeleton.config, _slots(recipe, role), _quantization(recipe, role)
     threads = (recipe.evaluator if role == "evaluator" else recipe.rollout).threads
     common: dict[str, Any] = {
-        "dtype": recipe.model.dtype,
+        # their kernels for narrow weights want narrow activations, whatever the policy trains in
+        "dtype": recipe.model.dtype if quantization is None else "bfloat16",
         "seed": recipe.run.seed,
-        "quantization": _quantization(recipe, role),
+        "quantization": quantization,
         "memory": recipe.rollout.memory,
         "parallel": recipe.rollout.parallel,
         "manifest": manifest_of(skeleton),

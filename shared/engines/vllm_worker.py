@@ -65,10 +65,11 @@ class SharedMemoryTransfer(WeightTransferEngine[_Init, _Update]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: _Update) -> None:
-        """Map the memory and hand its tensors to the model's loader."""
+        """Map the memory and hand its tensors to the model's loader, in the type that the engine computes in."""
         manifest = msgspec.msgpack.decode(update_info.manifest, type=list[TensorSpec])
         memory = open_shared(update_info.path, area_bytes(manifest))
-        self.model.load_weights(checkpoint_tensors(tensor_views(memory, manifest)))
+        tensors = checkpoint_tensors(tensor_views(memory, manifest))
+        self.model.load_weights((name, tensor.to(self.model_config.dtype)) for name, tensor in tensors)
 
     def finish_weight_update(self) -> None:
         """Pack and quantise the new weights as the old ones were."""
