@@ -49,7 +49,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slow repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-engines quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-engines bench-quantised quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held t
 	@for engine in $(ENGINES); do echo "$$engine"; $(BUDGETED) $(ENGINE_BUDGET) \
 		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$$engine'))") -m pytest -q -p no:cacheprovider tests/engines --engine $$engine $(ARGS) || exit 1; done
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m engines tests/integration
+
+gpu-check: env-vllm env-sglang ## what only a GPU can show: narrow formats and layouts of vLLM and SGLang (wants nvidia-smi)
+	@test -n "$(HAS_GPU)" || { echo "expected a GPU, found no nvidia-smi: nothing was checked"; exit 1; }
+	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+	@for engine in vllm sglang; do $(BUDGETED) $(ENGINE_BUDGET) .venv-$$engine/bin/python -m pytest -q -p no:cacheprovider \
+		tests/engines/test_quantised.py tests/engines/test_ranks.py --engine $$engine $(ARGS) || exit 1; done
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
@@ -111,6 +117,9 @@ bench-shared-prompt: $(STAMP) ## a training step with shared prompts beside one 
 
 bench-engines: $(STAMP) env-vllm env-sglang ## samples a second of the three engines; updates in flight beside drain-and-wait
 	@timeout --foreground --signal=INT --kill-after=30 $(TABLE_BUDGET) $(BIN)/python -m benchmarks.engine_speed $(ARGS)
+
+bench-quantised: $(STAMP) env-vllm ## RL on samples of FP8 and FP4 engines, corrected and not, beside full precision; 3 seeds
+	@$(BUDGETED) $(LIVE_BUDGET) $(BIN)/python -m benchmarks.quantised_rollout --folder runs/quantised $(ARGS)
 
 quickstart-table: $(STAMP) ## the quickstart with three seeds on 500 unseen problems (benchmarks/results/)
 	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.quickstart_table $(ARGS)

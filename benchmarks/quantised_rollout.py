@@ -1,9 +1,9 @@
 """Training on samples of quantised engines: `python -m benchmarks.quantised_rollout` (`make bench-quantised`).
 
-For each seed the recipe's SFT stage is run once, in full precision; from the model that it leaves, RL is run with engines
-of full precision, of FP8 (vLLM, by its own kernels) and of NVFP4 (transformers, emulated), the narrow ones with
-importance correction and without. Two verdicts on the same held-out problems: of the model as the engine rounds it, and
-of the export in full precision. Writes `results/quantised_rollout.{json,md}`.
+For each seed the recipe's SFT stage is run once, in full precision; from the model that it leaves, RL is run with
+engines of full precision, of NVFP4 (transformers, emulated) and of FP8 (vLLM, by its own kernels, which want AMX), the
+narrow ones with importance correction and without. Two verdicts on the same held-out problems: of the model as the
+engine rounds it, and of the export in full precision. Writes `results/quantised_rollout.{json,md}`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from benchmarks.machine import RESULTS, ROOT, describe_machine, load_average, wr
 from deploy.readers.evaluations import before_and_after, read_evaluations
 from services.controller.audit import audit_run
 
-FP8 = ("rollout.engine=vllm", "rollout.quantization=fp8")
 NVFP4 = ("rollout.engine=transformers", "rollout.quantization=nvfp4")
+FP8 = ("rollout.engine=vllm", "rollout.quantization=fp8_block")  # fp8 has no fast kernel on any CPU
 CORRECTED, UNCORRECTED = ("train.is_correction=truncate",), ("train.is_correction=none",)
 ARMS: dict[str, tuple[str, ...]] = {
     "full precision": ("rollout.engine=transformers", *CORRECTED),
-    "FP8 (vLLM), corrected": (*FP8, *CORRECTED),
-    "FP8 (vLLM), not corrected": (*FP8, *UNCORRECTED),
     "NVFP4 (transformers), corrected": (*NVFP4, *CORRECTED),
     "NVFP4 (transformers), not corrected": (*NVFP4, *UNCORRECTED),
+    "FP8 (vLLM), corrected": (*FP8, *CORRECTED),
+    "FP8 (vLLM), not corrected": (*FP8, *UNCORRECTED),
 }
 """What generates, and whether its samples are weighted; the rest is the recipe's."""
 LIMIT_S = 3600.0
@@ -127,13 +127,13 @@ def as_markdown(result: dict[str, Any]) -> str:
     seeds = sorted({it.seed for it in found})
     starts = {it.seed: it.before for it in found if it.arm == "full precision"}
     lines = [
-        f"Machine: {result['machine']}. Load average when it ended: {result['load_average']}. `{result['recipe']}`: SFT "
-        f"once a seed in full precision, which leaves "
+        f"Machine: {result['machine']}. Load average when it ended: {result['load_average']}. `{result['recipe']}`: "
+        f"SFT once a seed in full precision, which leaves "
         f"{', '.join(f'{100 * starts[seed]:.1f} %' for seed in seeds)} (seeds {', '.join(map(str, seeds))}), then RL "
         f"from there; judged greedily on {found[0].problems} problems that training never sees.",
         "",
-        "| engine of the rollout | as exported, by seed | mean | as the engine rounds it | log-ratio | KL | outside the "
-        "trust band | weights cut | audits |",
+        "| engine of the rollout | as exported, by seed | mean | as the engine rounds it | log-ratio | KL "
+        "| outside the trust band | weights cut | audits |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
@@ -153,8 +153,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "*log-ratio*: mean absolute difference of the trainer's and the engine's log-probabilities of a sampled token, "
-        "in nats; staleness of at most one version is in it, for full precision too. FP8 is computed by vLLM in bfloat16 "
-        "activations; NVFP4 weights are emulated, activations stay float32.",
+        "in nats; staleness of at most one version is in it, for full precision too. FP8 is computed by vLLM with "
+        "bfloat16 activations; NVFP4 weights are emulated, activations stay float32.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -172,19 +172,20 @@ def main() -> None:
     given = parser.parse_args()
     leave_nothing_behind()
     of_rl = [it for it in given.overrides if not it.startswith("sft.")]
-    runs: list[ArmResult] = []
+    stages: dict[int, Path] = {}
     for seed in given.seeds:
         folder = (given.folder / f"seed-{seed}").absolute()
-        sft, rl = write_stages(given.recipe, seed, given.problems, folder)
+        sft, stages[seed] = write_stages(given.recipe, seed, given.problems, folder)
         if not (folder / "sft" / "export" / "config.json").is_file():
             run_to_end(sft, [it for it in given.overrides if not it.startswith("train.")], folder / "sft")
-        for number, (arm, overrides) in enumerate(ARMS.items()):
-            kept = folder / f"arm-{number}.json"
+    runs: list[ArmResult] = []
+    for number, (arm, overrides) in enumerate(ARMS.items()):
+        for seed, rl in stages.items():
+            folder = rl.with_name(f"arm-{number}")
+            kept = folder.with_suffix(".json")
             if not kept.is_file():
-                run_to_end(rl, [*overrides, *of_rl], folder / f"arm-{number}")
-                kept.write_text(
-                    json.dumps(asdict(result_of(seed, arm, folder / f"arm-{number}", rl))), encoding="utf-8"
-                )
+                run_to_end(rl, [*overrides, *of_rl], folder)
+                kept.write_text(json.dumps(asdict(result_of(seed, arm, folder, rl))), encoding="utf-8")
             runs.append(ArmResult(**json.loads(kept.read_text(encoding="utf-8"))))
             print(json.dumps(asdict(runs[-1])), flush=True)
     result = {

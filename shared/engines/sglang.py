@@ -7,6 +7,7 @@ meet, since each request's cache salt is its epoch.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import itertools
 import os
@@ -17,16 +18,18 @@ from typing import Any, cast
 from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
-from shared.engines.hosted import HostedEngine, Made, Report, Sample
+from shared.engines.hosted import LOOK_S, HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
+from shared.engines.schemes import Schemes, scheme_for
 from shared.weights import StagedWeights
+from shared.weights.memory import shared_memory
 
 RESERVED = 2
 """Tokens of a model's context that SGLang never generates."""
 STREAM_TOKENS = 8
 """A running sample reports after so many tokens, for the figures of load and speed."""
-GPU_QUANTIZATION: dict[Quantization, str] = {"fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4_online"}
-"""SGLang's own names of the schemes that quantise what is loaded; without a GPU it has none."""
+ON_GPU: Schemes = {"fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4_online"}
+"""SGLang's own names of the schemes that quantise what is loaded; for CPUs it has none."""
 
 
 def prepare_process(threads: int, ranks: int) -> None:
@@ -85,7 +88,12 @@ class SglangEngine(HostedEngine):
         import torch
 
         on_cpu = not torch.cuda.is_available()
-        scheme = self._scheme(on_cpu)  # refused before the seconds of an import
+        scheme = scheme_for("SGLang", self._quantization, ON_GPU, {}, {})  # refused before the seconds of an import
+        if on_cpu and self._parallel.ep > 1:
+            raise EngineError(
+                f"rollout.parallel.ep = {self._parallel.ep}: without a GPU SGLang has no kernel for experts that are "
+                "apart; leave ep at 1 (tp shares each expert)"
+            )
         from sglang.srt.entrypoints.engine import Engine
 
         from shared.engines.sglang_worker import LOADER
@@ -197,17 +205,16 @@ class SglangEngine(HostedEngine):
         )
         from sglang.srt.utils import MultiprocessingSerializer
 
-        from shared.engines.sglang_worker import LOADER, Place, place_tensor
+        from shared.engines.sglang_worker import LOADER, Place, named_place
 
         manager = self._engine.tokenizer_manager
         if recompute:
             await self._pause_as("retract")  # running sequences give up their keys and values
-        place = place_tensor(Place(weights.area.path, weights.area.manifest))
+        ranks = self._parallel.ranks
+        taken = shared_memory(ranks)
+        place = Place(weights.area.path, weights.area.manifest, taken.path, ranks)
         update = UpdateWeightsFromTensorReqInput(
-            # one for each rank: what is serialised can be read once
-            serialized_named_tensors=[
-                MultiprocessingSerializer.serialize([("place", place)]) for _ in range(self._parallel.tp)
-            ],
+            serialized_named_tensors=[MultiprocessingSerializer.serialize(named_place(place))] * self._parallel.tp,
             load_format=LOADER,
             flush_cache=recompute,
             weight_version=str(version),
@@ -215,6 +222,8 @@ class SglangEngine(HostedEngine):
         _whole(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
         _whole(await manager.update_weights_from_tensor(update, None))
         _whole(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
+        while not taken.data.all():  # noqa: ASYNC110 - later stages of a pipeline, which have nothing to signal with
+            await asyncio.sleep(LOOK_S)
 
     async def _resume(self) -> None:
         from sglang.srt.managers.io_struct import ContinueGenerationReqInput
@@ -235,17 +244,6 @@ class SglangEngine(HostedEngine):
     def _report(self) -> Report:
         self._counts.prefix_hits = self._cached_tokens / max(1, self._prompt_tokens)
         return self._counts
-
-    def _scheme(self, on_cpu: bool) -> str | None:
-        if self._quantization is None:
-            return None
-        if on_cpu or self._quantization not in GPU_QUANTIZATION:
-            able = "none without a GPU" if on_cpu else ", ".join(GPU_QUANTIZATION)
-            raise EngineError(
-                f"rollout.quantization = {self._quantization!r}: SGLang quantises to {able}; "
-                f"choose another format, or another rollout.engine"
-            )
-        return GPU_QUANTIZATION[self._quantization]
 
 
 def _whole(answer: Any) -> None:

@@ -1,7 +1,8 @@
 """Inside SGLang's scheduler processes: weights from the rollout's shared memory, as a custom weight loader.
 
-SGLang imports `load_shared` by name for updates of that format, and calls it with the model and one small tensor, which
-says where the weights lie. Each rank maps the same memory and its layers' own loaders take the slices that are theirs.
+SGLang imports `load_shared` by name for updates of that format, and calls it with the model and one empty tensor, whose
+name says where the weights lie: a name can be read by every rank, a tensor's memory by one. Each rank maps the same
+memory and its layers' own loaders take the slices that are theirs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+from sglang.srt.runtime_context import get_parallel
 
 from shared.engines.checkpoint import checkpoint_tensors
 from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
@@ -20,20 +22,28 @@ LOADER = "shared.engines.sglang_worker.load_shared"
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where weights lie (see shared.weights.memory), and the manifest of that memory."""
+    """Where weights lie (see shared.weights.memory), and the manifest of that memory.
+
+    `taken` is a memory of `ranks` bytes, one each, in which a rank says that it has loaded them: SGLang itself answers
+    once the first stage of a pipeline has.
+    """
 
     path: str
     manifest: list[TensorSpec]
+    taken: str
+    ranks: int
 
 
-def place_tensor(place: Place) -> torch.Tensor:
-    """The place as a tensor of bytes (uint8), which is all that an update carries."""
-    return torch.frombuffer(bytearray(msgspec.msgpack.encode(place)), dtype=torch.uint8)
+def named_place(place: Place) -> list[tuple[str, torch.Tensor]]:
+    """The place as the name of an empty tensor, which is all that an update carries."""
+    return [(msgspec.json.encode(place).decode(), torch.empty(0))]
 
 
 def load_shared(model: Any, named: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Map the memory and hand its tensors to the model's loader."""
-    [(_, raw)] = named
-    place = msgspec.msgpack.decode(raw.numpy().tobytes(), type=Place)
+    [(name, _)] = named
+    place = msgspec.json.decode(name, type=Place)
     memory = open_shared(place.path, area_bytes(place.manifest))
     model.load_weights(checkpoint_tensors(tensor_views(memory, place.manifest)))
+    here = get_parallel()
+    open_shared(place.taken, place.ranks)[here.pp_rank * here.tp_size + here.tp_rank] = 1

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
-import torch
 
 from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched, own_engines
+from shared.engines.schemes import Schemes, scheme_for
 from shared.weights import StagedWeights
 
 if TYPE_CHECKING:
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 GIGABYTE = 1 << 30
 PREFILL_TOKENS = 4096
 """Tokens that a CPU computes in one step; a single longer prompt goes alone."""
-CPU_QUANTIZATION: dict[Quantization, str] = {"fp8": "fp8_per_channel", "fp8_block": "fp8_per_block"}
-GPU_QUANTIZATION: dict[Quantization, str] = {
+ON_GPU: Schemes = {
     "fp8": "fp8_per_channel",
     "fp8_block": "fp8_per_block",
     "mxfp8": "mxfp8",
     "mxfp4": "mxfp4",
     "nvfp4": "nvfp4_per_token",
 }
-"""vLLM's own names of the schemes that quantise what is loaded, by machine."""
+"""vLLM's own names of the schemes that quantise what is loaded."""
+ON_CPU: Schemes = {"fp8": "fp8_per_channel"}
+"""Without AMX: by a reference kernel, of which a test can wait for a few tokens, and a run cannot."""
+WITH_AMX: Schemes = {"fp8_block": "fp8_per_block"}
 
 
 def prepare_process(threads: int, cache_bytes: int) -> None:
@@ -138,13 +140,15 @@ class VllmEngine(HostedEngine):
         from shared.engines.vllm_names import BACKEND, EXTENSION
 
         on_cpu = current_platform.is_cpu()
+        if on_cpu:
+            self._refuse_layouts()
         arguments = AsyncEngineArgs(
             model=str(self._folder),
             skip_tokenizer_init=self._endpoint is None,
             load_format="dummy",
             dtype=self._dtype,
             seed=self._seed,
-            quantization=self._scheme(on_cpu),
+            quantization=scheme_for("vLLM", self._quantization, ON_GPU, ON_CPU, WITH_AMX),
             tensor_parallel_size=self._parallel.tp,
             pipeline_parallel_size=self._parallel.pp,
             enable_expert_parallel=self._parallel.ep > 1,
@@ -247,17 +251,11 @@ class VllmEngine(HostedEngine):
     def _report(self) -> Report:
         return self._meter.report
 
-    def _scheme(self, on_cpu: bool) -> str | None:
-        if self._quantization is None:
-            return None
-        schemes = dict(CPU_QUANTIZATION if on_cpu else GPU_QUANTIZATION)
-        machine = "a CPU" if on_cpu else "a GPU"
-        if on_cpu and not torch.cpu._is_amx_tile_supported():
-            machine = "a CPU without AMX"
-            del schemes["fp8_block"]
-        if self._quantization not in schemes:
-            raise EngineError(
-                f"rollout.quantization = {self._quantization!r}: vLLM on {machine} quantises to {', '.join(schemes)}; "
-                f"choose one of these, or rollout.engine = 'transformers'"
-            )
-        return schemes[self._quantization]
+    def _refuse_layouts(self) -> None:
+        """EngineError for layouts whose workers would die or hang on a CPU."""
+        for axis, ranks in (("pp", self._parallel.pp), ("ep", self._parallel.ep)):
+            if ranks > 1:
+                raise EngineError(
+                    f"rollout.parallel.{axis} = {ranks}: without a GPU vLLM shares a model by tp alone; "
+                    f"leave {axis} at 1"
+                )
