@@ -79,8 +79,9 @@ test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held t
 		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$$engine'))") -m pytest -q -p no:cacheprovider tests/engines --engine $$engine $(ARGS) || exit 1; done
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m engines tests/integration
 
-gpu-check: env-vllm env-sglang ## what only a GPU can show: narrow formats and layouts of vLLM and SGLang (wants nvidia-smi)
+gpu-check: ## what only a GPU can show: narrow formats and layouts of vLLM and SGLang (wants nvidia-smi)
 	@test -n "$(HAS_GPU)" || { echo "expected a GPU, found no nvidia-smi: nothing was checked"; exit 1; }
+	@$(MAKE) --no-print-directory env-vllm env-sglang
 	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 	@for engine in vllm sglang; do $(BUDGETED) $(ENGINE_BUDGET) .venv-$$engine/bin/python -m pytest -q -p no:cacheprovider \
 		tests/engines/test_quantised.py tests/engines/test_ranks.py --engine $$engine $(ARGS) || exit 1; done
