@@ -11,6 +11,7 @@ import atexit
 import itertools
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
+from shared.models.images import Pixels
 from shared.weights import StagedWeights
 
 RESERVED = 2
@@ -164,6 +166,7 @@ class SglangEngine(HostedEngine):
             return_sampling_mask=cut,
             cache_salt=str(sample.epoch),
             stream=True,
+            **(_images(sample.pixels, sample.prompt, self._images.merge) if sample.pixels and self._images else {}),
         )
         counted, tokens, found = 0, [], {}
         async for chunk in self._engine.tokenizer_manager.generate_request(request, None):
@@ -246,6 +249,33 @@ class SglangEngine(HostedEngine):
                 f"choose another format, or another rollout.engine"
             )
         return GPU_QUANTIZATION[self._quantization]
+
+
+def _images(pixels: Pixels, prompt: Sequence[int], merge: int) -> dict[str, Any]:
+    """The images as a request takes them, with the very pixels that the trainer would read.
+
+    Given images as such, SGLang would decode the prompt, resize by its own choice of library, and look for images
+    behind a token that marks their start. It names images by their pixels alone, whatever their grid, and fills
+    their places in the prompt with the names, by which it finds prefixes again: so they come with names of ours.
+    """
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+
+    names, filled = pixels.names(), list(prompt)
+    for name, (start, end) in zip(names, pixels.places, strict=True):
+        item = MultimodalDataItem(modality=Modality.IMAGE)
+        item.set_hash(int(name, 16))
+        filled[start:end] = item.padding_sequence(end - start)
+    positions = pixels.positions(len(prompt), merge)
+    processed = {
+        "format": "processor_output",
+        "pixel_values": pixels.values,
+        "image_grid_thw": pixels.grids,
+        "offsets": [(start, end - 1) for start, end in pixels.places],
+        "padded_input_ids": filled,
+        "mrope_positions": positions,
+        "mrope_position_delta": positions.max() + 1 - len(prompt),
+    }
+    return {"image_data": [processed], "mm_hashes": names}
 
 
 def _whole(answer: Any) -> None:

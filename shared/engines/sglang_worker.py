@@ -32,8 +32,12 @@ def place_tensor(place: Place) -> torch.Tensor:
 
 
 def load_shared(model: Any, named: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Map the memory and hand its tensors to the model's loader."""
+    """Map the memory and hand its tensors to the model's loader; forget what the old vision tower saw."""
+    from sglang.srt.managers import mm_schedule
+
     [(_, raw)] = named
     place = msgspec.msgpack.decode(raw.numpy().tobytes(), type=Place)
     memory = open_shared(place.path, area_bytes(place.manifest))
     model.load_weights(checkpoint_tensors(tensor_views(memory, place.manifest)))
+    if mm_schedule.embedding_cache is not None:
+        mm_schedule.embedding_cache.clear()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer, models
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -19,13 +24,17 @@ from transformers import (
 
 from shared.engines.base import Engine, Finished, Request
 from shared.messages import Sampling
+from shared.models.images import ImageReader
 
 VOCABULARY = 48
 CONTEXT = 160
 SLOTS = 48
 STOP = 3
 """The token that ends a sample in the contract's engines."""
-FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
+FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama", "qwen2_5_vl")
+MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""Tokens behind the vocabulary of the other families, for images."""
+VISION_START, VISION_END, IMAGE, VIDEO = range(VOCABULARY, VOCABULARY + len(MARKS))
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -58,9 +67,62 @@ def tiny(family: str, seed: int = 0, *, tied: bool = True, wide: bool = False) -
         case "qwen3_moe":
             moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
             model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **moe, head_dim=32, tie_word_embeddings=False))
+        case "qwen2_5_vl":
+            torch.manual_seed(seed + 7)  # whose first tokens are rarely the stop token
+            model = Qwen2_5_VLForConditionalGeneration(_vision_language(sizes, tied))
         case _:
             model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
     return model.eval()
+
+
+def _vision_language(sizes: dict[str, object], tied: bool) -> Qwen2_5_VLConfig:
+    """Two layers of vision, one of which looks at windows of two by two tokens; patches of 14 pixels, tokens of 28."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 2,
+        "out_hidden_size": sizes["hidden_size"],
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.15,
+    }
+    text = {
+        **sizes,
+        "vocab_size": VOCABULARY + len(MARKS),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": tied,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def reader(model: PreTrainedModel) -> ImageReader | None:
+    """What reads images for a model of `tiny`, if it takes any: of 4 to 32 tokens."""
+    if model.config.model_type != "qwen2_5_vl":
+        return None
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return ImageReader(Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28**2, "longest_edge": 32 * 28**2}), IMAGE)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each token; vLLM and SGLang want one beside a model that takes images."""
+    words = [f"w{token}" for token in range(VOCABULARY)] + list(MARKS)
+    backend = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=list(MARKS))
+
+
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
