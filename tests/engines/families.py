@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models
 from transformers import (
     LlamaConfig,
@@ -120,6 +121,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=list(MARKS))
 
 
+def image_prompt(model: PreTrainedModel, images: Sequence[np.ndarray], seed: int = 0) -> list[int]:
+    """Random words around each of the images, in the marks of the chat template."""
+    taken = reader(model)
+    assert taken is not None
+    marked = [
+        part for index in range(len(images)) for part in (*prompt(3, seed + index), VISION_START, IMAGE, VISION_END)
+    ]
+    return taken.expand([*marked, *prompt(6, seed + 100)], images)
+
+
 def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Random pixels."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -140,8 +151,9 @@ def ask(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    images: Sequence[np.ndarray] = (),
 ) -> Request:
-    return Request(key, tokens, samples, Sampling(temperature, top_p, top_k, new), seed)
+    return Request(key, tokens, samples, Sampling(temperature, top_p, top_k, new), seed, images)
 
 
 def run(engine: Engine, *requests: Request) -> dict[tuple[object, int], Finished]:
@@ -158,18 +170,50 @@ def drain(engine: Engine) -> dict[tuple[object, int], Finished]:
     return finished
 
 
-def hugging_face_greedy(model: PreTrainedModel, tokens: Sequence[int], new: int, stop: int | None = STOP) -> list[int]:
+def hugging_face_greedy(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    new: int,
+    stop: int | None = STOP,
+    images: Sequence[np.ndarray] = (),
+) -> list[int]:
     """What transformers' own greedy search makes of the prompt."""
     inputs = torch.tensor([list(tokens)])
     generated = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
+        **hugging_face_images(model, inputs, images),
         max_new_tokens=new,
         do_sample=False,
         eos_token_id=stop,
         pad_token_id=0,
     )
     return generated[0, len(tokens) :].tolist()
+
+
+def hugging_face_images(
+    model: PreTrainedModel, inputs: torch.Tensor, images: Sequence[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """What transformers' own processor adds to the ids of a prompt with images."""
+    taken = reader(model)
+    if taken is None or not images:
+        return {}
+    pixels = taken.processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+    return {**pixels, "mm_token_type_ids": (inputs == IMAGE).int()}
+
+
+def with_images(
+    model: PreTrainedModel, tokens: list[int], response: list[int], images: Sequence[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """What a forward pass takes whose response may have image tokens, which transformers would count as images."""
+    ids = torch.tensor([tokens + response])
+    types = torch.tensor([[int(token == IMAGE) for token in tokens] + [0] * len(response)])
+    pixels = hugging_face_images(model, ids, images)
+    positions, _ = model.model.get_rope_index(ids, types, image_grid_thw=pixels["image_grid_thw"])
+    embeddings = model.get_input_embeddings()(ids)
+    seen = model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"], return_dict=True)
+    embeddings[types.bool()] = torch.cat(list(seen.pooler_output))
+    return {"inputs_embeds": embeddings, "position_ids": positions}
 
 
 @torch.no_grad()
@@ -180,13 +224,17 @@ def forward_logprobs(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    images: Sequence[np.ndarray] = (),
 ) -> torch.Tensor:
     """Log-probabilities of `response` after the prompt `tokens`, from one pass over everything, float32[response].
 
     Of the distribution that is left by temperature, the `top_k` likeliest tokens, and the fewest of those that have
     `top_p` of the probability together.
     """
-    logits = model(torch.tensor([tokens + response])).logits[0, len(tokens) - 1 : -1] / temperature
+    inputs = {"input_ids": torch.tensor([tokens + response])}
+    if images:
+        inputs = with_images(model, tokens, response, images)
+    logits = model(**inputs).logits[0, len(tokens) - 1 : -1] / temperature
     logits, order = logits.sort(-1, descending=True)
     if top_k:
         logits[:, top_k:] = -torch.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -313,9 +313,10 @@ def assert_true_logprobs(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    images: Sequence[np.ndarray] = (),
 ) -> None:
     expected = forward_logprobs(
-        model, list(tokens), sample.tokens.tolist(), temperature=temperature, top_k=top_k, top_p=top_p
+        model, list(tokens), sample.tokens.tolist(), temperature=temperature, top_k=top_k, top_p=top_p, images=images
     )
     np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=1e-4)
 
