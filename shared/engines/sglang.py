@@ -23,8 +23,8 @@ from shared.engines.processes import Watched
 from shared.models.images import Pixels
 from shared.weights import StagedWeights
 
-RESERVED = 2
-"""Tokens of a model's context that SGLang never generates."""
+RESERVED, RESERVED_WITH_IMAGES = 2, 6
+"""Tokens of a model's context that SGLang never generates; of one that takes images, whose prompts it has shorter."""
 STREAM_TOKENS = 8
 """A running sample reports after so many tokens, for the figures of load and speed."""
 GPU_QUANTIZATION: dict[Quantization, str] = {"fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4_online"}
@@ -81,7 +81,8 @@ class SglangEngine(HostedEngine):
         self._counts = Report()
         self._prompt_tokens = 0
         self._cached_tokens = 0
-        super().__init__(context=context - RESERVED, **shared)
+        self._reserved = RESERVED if shared.get("images") is None else RESERVED_WITH_IMAGES
+        super().__init__(context=context - self._reserved, **shared)
 
     async def _start(self) -> None:
         import torch
@@ -105,7 +106,7 @@ class SglangEngine(HostedEngine):
             tp_size=self._parallel.tp,
             pp_size=self._parallel.pp,
             ep_size=self._parallel.ep,
-            context_length=self.context + RESERVED,
+            context_length=self.context + self._reserved,
             max_running_requests=self._slots,
             sampling_mask_max_tokens=self._vocabulary,
             stream_interval=STREAM_TOKENS,
@@ -140,7 +141,7 @@ class SglangEngine(HostedEngine):
             "grammar_backend": "none",
             "disable_cuda_graph": True,
             "disable_overlap_schedule": True,
-            "max_total_tokens": self._slots * (self.context + RESERVED),
+            "max_total_tokens": self._slots * (self.context + self._reserved),
         }
 
     async def _generate(self, sample: Sample) -> Made:

@@ -167,7 +167,8 @@ class VllmEngine(HostedEngine):
     def _for_images(self, on_cpu: bool) -> dict[str, Any]:
         return {
             "limit_mm_per_prompt": {"video": 0},
-            "mm_processor_cache_gb": 0,  # pixels come with each request
+            "mm_processor_cache_gb": 0,  # pixels come with each request,
+            "mm_device_do_normalize": False,  # and are normalised
             "skip_mm_profiling": on_cpu,  # it reads the largest image there can be, for the use of a GPU's memory
         }
 
