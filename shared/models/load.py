@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -86,6 +85,8 @@ def load_images(model: ModelTable) -> ImageReader | None:
         return None
     path = _checked_path(model, weights=False)
     try:
+        from transformers import AutoImageProcessor
+
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except Exception as error:
         raise ModelError(
