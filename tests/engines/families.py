@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -118,7 +118,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A word for each token; vLLM and SGLang want one beside a model that takes images."""
     words = [f"w{token}" for token in range(VOCABULARY)] + list(MARKS)
     backend = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="w0"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=list(MARKS))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=f"w{STOP}",
+        additional_special_tokens=list(MARKS),
+        chat_template=f"{{% for message in messages %}}{{{{ message['content'] }}}} w{STOP} {{% endfor %}}",
+    )
 
 
 def image_prompt(model: PreTrainedModel, images: Sequence[np.ndarray], seed: int = 0) -> list[int]:
