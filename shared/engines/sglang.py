@@ -12,6 +12,7 @@ import atexit
 import itertools
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,12 @@ from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import LOOK_S, HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
 from shared.engines.schemes import Schemes, scheme_for
+from shared.models.images import Pixels
 from shared.weights import StagedWeights
 from shared.weights.memory import shared_memory
 
-RESERVED = 2
-"""Tokens of a model's context that SGLang never generates."""
+RESERVED, RESERVED_WITH_IMAGES = 2, 6
+"""Tokens of a model's context that SGLang never generates; of one that takes images, whose prompts it has shorter."""
 STREAM_TOKENS = 8
 """A running sample reports after so many tokens, for the figures of load and speed."""
 ON_GPU: Schemes = {"fp8": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4_online"}
@@ -82,7 +84,8 @@ class SglangEngine(HostedEngine):
         self._counts = Report()
         self._prompt_tokens = 0
         self._cached_tokens = 0
-        super().__init__(context=context - RESERVED, **shared)
+        self._reserved = RESERVED if shared.get("images") is None else RESERVED_WITH_IMAGES
+        super().__init__(context=context - self._reserved, **shared)
 
     async def _start(self) -> None:
         import torch
@@ -111,7 +114,7 @@ class SglangEngine(HostedEngine):
             tp_size=self._parallel.tp,
             pp_size=self._parallel.pp,
             ep_size=self._parallel.ep,
-            context_length=self.context + RESERVED,
+            context_length=self.context + self._reserved,
             max_running_requests=self._slots,
             sampling_mask_max_tokens=self._vocabulary,
             stream_interval=STREAM_TOKENS,
@@ -146,7 +149,7 @@ class SglangEngine(HostedEngine):
             "grammar_backend": "none",
             "disable_cuda_graph": True,
             "disable_overlap_schedule": True,
-            "max_total_tokens": self._slots * (self.context + RESERVED),
+            "max_total_tokens": self._slots * (self.context + self._reserved),
         }
 
     async def _generate(self, sample: Sample) -> Made:
@@ -172,6 +175,7 @@ class SglangEngine(HostedEngine):
             return_sampling_mask=cut,
             cache_salt=str(sample.epoch),
             stream=True,
+            **(_images(sample.pixels, sample.prompt, self._images.merge) if sample.pixels and self._images else {}),
         )
         counted, tokens, found = 0, [], {}
         async for chunk in self._engine.tokenizer_manager.generate_request(request, None):
@@ -244,6 +248,33 @@ class SglangEngine(HostedEngine):
     def _report(self) -> Report:
         self._counts.prefix_hits = self._cached_tokens / max(1, self._prompt_tokens)
         return self._counts
+
+
+def _images(pixels: Pixels, prompt: Sequence[int], merge: int) -> dict[str, Any]:
+    """The images as a request takes them, with the very pixels that the trainer would read.
+
+    Given images as such, SGLang would decode the prompt, resize by its own choice of library, and look for images
+    behind a token that marks their start. It names images by their pixels alone, whatever their grid, and fills
+    their places in the prompt with the names, by which it finds prefixes again: so they come with names of ours.
+    """
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+
+    names, filled = pixels.names(), list(prompt)
+    for name, (start, end) in zip(names, pixels.places, strict=True):
+        item = MultimodalDataItem(modality=Modality.IMAGE)
+        item.set_hash(int(name, 16))
+        filled[start:end] = item.padding_sequence(end - start)
+    positions = pixels.positions(len(prompt), merge)
+    processed = {
+        "format": "processor_output",
+        "pixel_values": pixels.values,
+        "image_grid_thw": pixels.grids,
+        "offsets": [(start, end - 1) for start, end in pixels.places],
+        "padded_input_ids": filled,
+        "mrope_positions": positions,
+        "mrope_position_delta": positions.max() + 1 - len(prompt),
+    }
+    return {"image_data": [processed], "mm_hashes": names}
 
 
 def _whole(answer: Any) -> None:

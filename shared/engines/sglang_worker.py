@@ -40,10 +40,14 @@ def named_place(place: Place) -> list[tuple[str, torch.Tensor]]:
 
 
 def load_shared(model: Any, named: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Map the memory and hand its tensors to the model's loader."""
+    """Map the memory and hand its tensors to the model's loader; forget what the old vision tower saw."""
+    from sglang.srt.managers import mm_schedule
+
     [(name, _)] = named
     place = msgspec.json.decode(name, type=Place)
     memory = open_shared(place.path, area_bytes(place.manifest))
     model.load_weights(checkpoint_tensors(tensor_views(memory, place.manifest)))
+    if mm_schedule.embedding_cache is not None:
+        mm_schedule.embedding_cache.clear()
     here = get_parallel()
     open_shared(place.taken, place.ranks)[here.pp_rank * here.tp_size + here.tp_rank] = 1

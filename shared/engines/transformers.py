@@ -21,11 +21,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from shared.config.schema import InFlight, Quantization
-from shared.engines.base import Engine, EngineError, EngineStats, Finished, Request, check_update, room_for
+from shared.engines.base import Engine, EngineError, EngineStats, Finished, Request, check_update, pixels_of, room_for
 from shared.engines.quantization import quantize_dequantize, quantized_weights
 from shared.engines.rows import Arrival, Rows
 from shared.engines.sampling import as_int64, stream_keys
 from shared.engines.slots import SlotCache
+from shared.engines.vision import Sight, Vision
+from shared.models.images import ImageReader
 from shared.weights import StagedWeights, load_into, manifest_of
 
 PREFILL_TOKENS = 4096
@@ -34,17 +36,24 @@ PREFILL_TOKENS = 4096
 
 @dataclass(slots=True)
 class _Asked:
-    """A request in flight: the samples of it that have no slot yet, and how many are still to be returned."""
+    """A request in flight: the samples of it that have no slot yet, and how many are still to be returned.
+
+    `sight` is of its images, None without any.
+    """
 
     request: Request
     limit: int
     streams: list[int]
     queued: deque[int]
     left: int
+    sight: Sight | None
 
 
 class TransformersEngine(Engine):
-    """Generates with `model` on its own device, up to `slots` sequences side by side; `stops` are stop token ids."""
+    """Generates with `model` on its own device, up to `slots` sequences side by side; `stops` are stop token ids.
+
+    A vision-language model wants what reads its `images`.
+    """
 
     def __init__(
         self,
@@ -54,10 +63,13 @@ class TransformersEngine(Engine):
         stops: Iterable[int],
         version: int = -1,
         quantization: Quantization | None = None,
+        images: ImageReader | None = None,
     ) -> None:
-        self.context = int(model.config.max_position_embeddings)
+        self.context = int(model.config.get_text_config().max_position_embeddings)
         _refuse_sliding_window(model)
         self._model = model.eval()
+        self._images = images
+        self._vision = Vision(model, images) if images is not None else None
         self._quantization = quantization
         self._narrow = quantized_weights(model, quantization) if quantization is not None else {}
         self._slots = slots
@@ -76,9 +88,11 @@ class TransformersEngine(Engine):
 
     def submit(self, request: Request) -> None:
         limit = min(request.sampling.max_new_tokens, room_for(request, self.context, self._asked))
+        pixels = pixels_of(request, self._images)
+        sight = self._vision.sight(pixels, len(request.prompt)) if self._vision is not None else None
         seeds = torch.full((request.samples,), as_int64(request.seed))
         streams = stream_keys(seeds, torch.arange(request.samples)).tolist()
-        asked = _Asked(request, limit, streams, deque(range(request.samples)), request.samples)
+        asked = _Asked(request, limit, streams, deque(range(request.samples)), request.samples, sight)
         self._asked[request.key] = asked
         self._waiting.append(asked)
 
@@ -109,6 +123,9 @@ class TransformersEngine(Engine):
         load_into(self._model, weights.tensors)
         self._round_weights()
         self.version = version
+        for asked in self._asked.values():
+            if asked.sight is not None:
+                asked.sight.features = None  # the old vision tower's
         if in_flight == "recompute":
             self._recompute()
         elif in_flight == "abort":
@@ -167,24 +184,28 @@ class TransformersEngine(Engine):
 
     def _prefill(self, prompts: list[tuple[_Asked, list[int]]]) -> list[Finished]:
         """Run the prompts once each, copy them into the rows of their samples, draw the first tokens."""
-        cache, logits = self._forward([asked.request.prompt for asked, _ in prompts])
+        cache, logits = self._forward([(asked, asked.request.prompt) for asked, _ in prompts])
         rows = self._rows.add([_arrival(asked, sample) for asked, samples in prompts for sample in samples])
         sources = torch.repeat_interleave(torch.tensor([len(samples) for _, samples in prompts]))
         self._cache.place(cache, sources, rows)
         return self._take(rows, logits[sources])
 
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> tuple[DynamicCache, torch.Tensor]:
+    def _forward(self, sequences: Sequence[tuple[_Asked, Sequence[int]]]) -> tuple[DynamicCache, torch.Tensor]:
         """Keys and values of all sequences, padded on the right, and the logits [sequences, vocabulary] at their ends.
 
-        Causal attention of a sequence itself never looks at the padding behind it: no mask is needed.
+        Each begins with the prompt of its request. Causal attention of a sequence itself never looks at the padding
+        behind it: no mask is needed.
         """
-        lengths = torch.tensor([len(tokens) for tokens in sequences])
+        lengths = torch.tensor([len(tokens) for _, tokens in sequences])
         padded = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-        for row, tokens in enumerate(sequences):
+        for row, (_, tokens) in enumerate(sequences):
             padded[row, : lengths[row]] = torch.as_tensor(tokens)
         cache = DynamicCache()
         ends, end_of = torch.unique(lengths - 1, return_inverse=True)
-        output = self._model(padded, past_key_values=cache, use_cache=True, logits_to_keep=ends)
+        inputs = {"input_ids": padded}
+        if self._vision is not None:
+            inputs = self._vision.inputs(padded, [asked.sight for asked, _ in sequences])
+        output = self._model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=ends)
         return cache, output.logits[torch.arange(len(sequences)), end_of]
 
     def _recompute(self) -> None:
@@ -200,9 +221,9 @@ class TransformersEngine(Engine):
             self._recompute_rows(rows)
 
     def _recompute_rows(self, rows: list[int]) -> None:
-        prompts = [self._asked[self._rows.owners[row][0]].request.prompt for row in rows]
-        sequences = [[*tokens, *self._rows.cached(row)] for tokens, row in zip(prompts, rows, strict=True)]
-        cache, _ = self._forward(sequences)
+        owners = [self._asked[self._rows.owners[row][0]] for row in rows]
+        sequences = [[*asked.request.prompt, *self._rows.cached(row)] for asked, row in zip(owners, rows, strict=True)]
+        cache, _ = self._forward(list(zip(owners, sequences, strict=True)))
         self._cache.place(cache, torch.arange(len(rows)), torch.tensor(rows))
 
     def _begin_anew(self) -> None:
@@ -225,7 +246,7 @@ class TransformersEngine(Engine):
         output = self._model(
             self._rows.last[:count, None],
             attention_mask=mask,
-            position_ids=positions[:, None],
+            position_ids=(positions + self._rows.offsets[:count])[:, None],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -259,6 +280,7 @@ def _arrival(asked: _Asked, sample: int) -> Arrival:
         key=asked.request.key,
         sample=sample,
         prompt_length=len(asked.request.prompt),
+        offset=asked.sight.offset if asked.sight is not None else 0,
         limit=asked.limit,
         stream=asked.streams[sample],
         temperature=sampling.temperature,
@@ -269,7 +291,7 @@ def _arrival(asked: _Asked, sample: int) -> Arrival:
 
 def _refuse_sliding_window(model: PreTrainedModel) -> None:
     """Every sequence attends to all of its tokens here; a model that mixes in shorter windows needs another engine."""
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise EngineError(
             f"the transformers engine runs models whose layers all use full attention; this one "

@@ -144,7 +144,8 @@ class VllmEngine(HostedEngine):
             self._refuse_layouts()
         arguments = AsyncEngineArgs(
             model=str(self._folder),
-            skip_tokenizer_init=self._endpoint is None,
+            # its code for images wants a tokenizer to start with
+            skip_tokenizer_init=self._endpoint is None and self._images is None,
             load_format="dummy",
             dtype=self._dtype,
             seed=self._seed,
@@ -159,12 +160,21 @@ class VllmEngine(HostedEngine):
             enable_prefix_caching=True,
             worker_extension_cls=EXTENSION,
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            **(self._for_images(on_cpu) if self._images is not None else {}),
             **(self._on_cpu() if on_cpu else {"gpu_memory_utilization": self._memory}),
         )
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._meter.logger()])
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest())
         await self._engine.update_weight_version(str(self.version))
         self._workers = Watched(await self._engine.collective_rpc("process_id"))
+
+    def _for_images(self, on_cpu: bool) -> dict[str, Any]:
+        return {
+            "limit_mm_per_prompt": {"video": 0},
+            "mm_processor_cache_gb": 0,  # pixels come with each request,
+            "mm_device_do_normalize": False,  # and are normalised
+            "skip_mm_profiling": on_cpu,  # it reads the largest image there can be, for the use of a GPU's memory
+        }
 
     async def _application(self) -> Application:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -190,7 +200,6 @@ class VllmEngine(HostedEngine):
 
     async def _generate(self, sample: Sample) -> Made:
         from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         asked = sample.sampling
@@ -207,9 +216,8 @@ class VllmEngine(HostedEngine):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = tokens_input(list(sample.prompt), cache_salt=str(sample.epoch))
         output = None
-        async for last in self._engine.generate(prompt, parameters, sample.name):
+        async for last in self._engine.generate(_input(sample), parameters, sample.name):
             output = last.outputs[0]
         if output is None or output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"expected a whole sample, got one that ended as {output and output.finish_reason!r}")
@@ -230,6 +238,8 @@ class VllmEngine(HostedEngine):
         await self._engine.finish_weight_update(str(version))
         if recompute:
             await self._engine.reset_prefix_cache(reset_running_requests=True)
+        if self._images is not None:
+            await self._engine.reset_encoder_cache()  # of what the old vision tower saw
 
     async def _resume(self) -> None:
         await self._engine.resume_generation()
@@ -259,3 +269,30 @@ class VllmEngine(HostedEngine):
                     f"rollout.parallel.{axis} = {ranks}: without a GPU vLLM shares a model by tp alone; "
                     f"leave {axis} at 1"
                 )
+
+
+def _input(sample: Sample) -> Any:
+    """The prompt as vLLM's engine takes it, with the very pixels that the trainer would read.
+
+    Given images as such, vLLM would resize them by its own choice of library and count their tokens by itself.
+    """
+    from vllm.inputs.engine import mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+    prompt, salt, pixels = list(sample.prompt), str(sample.epoch), sample.pixels
+    if pixels is None:
+        return tokens_input(prompt, cache_salt=salt)
+    from transformers import BatchFeature
+
+    fields = {
+        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", pixels.grids.prod(-1)),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    values = BatchFeature({"pixel_values": pixels.values, "image_grid_thw": pixels.grids})
+    return mm_input(
+        prompt,
+        MultiModalKwargsItems.from_hf_inputs(values, fields),
+        {"image": pixels.names()},
+        {"image": [PlaceholderRange(start, end - start) for start, end in pixels.places]},
+        cache_salt=salt,
+    )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from shared.config.schema import ModelTable
 from shared.models.build import build_config, build_model
 from shared.models.errors import ModelError
+from shared.models.images import FAMILIES, ImageReader
 from shared.models.tokenizer import build_tokenizer
 
 ATTENTION = "sdpa"
@@ -75,6 +78,24 @@ def load_config(model: ModelTable) -> PretrainedConfig:
         ) from error
 
 
+def load_images(model: ModelTable) -> ImageReader | None:
+    """What reads images for the model, None for one of text alone."""
+    config = load_config(model)
+    if config.model_type not in FAMILIES:
+        return None
+    path = _checked_path(model, weights=False)
+    try:
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    except Exception as error:
+        raise ModelError(
+            f"model.path {path!r}: expected preprocessor_config.json beside a vision-language model, got "
+            f"{_first_line(error)}; copy it from where the model came (reading it wants the package pillow)"
+        ) from error
+    return ImageReader(processor, int(config.image_token_id))
+
+
 def check_weights(model: ModelTable) -> None:
     """ModelError if the weights in the model's folder are not whole; what is not a folder is not looked at."""
     if model.path is not None and Path(model.path).expanduser().is_dir():
@@ -94,7 +115,7 @@ def load_model(model: ModelTable, seed: int, *, weights: bool) -> PreTrainedMode
         loaded = _load_weights(_checked_path(model, weights=True), config, dtype, model.trust_remote_code)
     else:
         with no_init_weights():
-            loaded = AutoModelForCausalLM.from_config(
+            loaded = _class_of(config).from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=model.trust_remote_code
             )
         loaded.tie_weights()
@@ -103,9 +124,10 @@ def load_model(model: ModelTable, seed: int, *, weights: bool) -> PreTrainedMode
 
 def load_skeleton(model: ModelTable) -> PreTrainedModel:
     """The model without any memory for its weights: names, types, shapes and configuration."""
+    config = load_config(model)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            load_config(model), dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+        skeleton = _class_of(config).from_config(
+            config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
         )
     skeleton.tie_weights()
     return skeleton
@@ -115,7 +137,7 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trust
     # services write log lines, which a progress bar would tear apart
     disable_progress_bar()
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = _class_of(config).from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -137,6 +159,11 @@ def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, trust
                 f"{problem} {names[0]} (and {len(names) - 1} more); do config.json and the weights belong together?"
             )
     return loaded
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    """Which of transformers' classes makes models of that configuration."""
+    return AutoModelForImageTextToText if config.model_type in FAMILIES else AutoModelForCausalLM
 
 
 def _checked_path(model: ModelTable, *, weights: bool) -> str:

@@ -12,7 +12,7 @@ from shared.config.schema import EngineParallelTable
 from shared.engines.base import Engine
 from shared.engines.folder import write_folder
 from shared.weights import manifest_of, stage
-from tests.engines.families import CONTEXT, FAMILIES, SLOTS, STOP, VOCABULARY, tiny
+from tests.engines.families import CONTEXT, FAMILIES, SLOTS, STOP, reader, tiny, tokenizer
 
 START_S, CALL_S = 180.0, 60.0
 """Time for an engine to start on a machine that does other things too, and for any call to it."""
@@ -81,8 +81,10 @@ def start(name: str, model: PreTrainedModel, folder: Path, slots: int, options: 
         from shared.engines.transformers import TransformersEngine
 
         options.pop("dtype", None)  # it has the model's own
-        return TransformersEngine(deepcopy(model), slots=slots, stops=[STOP], **options)  # type: ignore[arg-type]
-    write_folder(model, None, folder)
+        made = deepcopy(model)
+        return TransformersEngine(made, slots=slots, stops=[STOP], images=reader(model), **options)  # type: ignore[arg-type]
+    images = reader(model)
+    write_folder(model, tokenizer() if images is not None else None, folder, images)
     common = {
         "dtype": "float32",
         "seed": 0,
@@ -94,6 +96,7 @@ def start(name: str, model: PreTrainedModel, folder: Path, slots: int, options: 
         "stops": [STOP],
         "start_s": START_S,
         "call_s": CALL_S,
+        "images": images,
         **options,
     }
     if name == "vllm":
@@ -105,4 +108,5 @@ def start(name: str, model: PreTrainedModel, folder: Path, slots: int, options: 
     from shared.engines.sglang import prepare_process as prepare_sglang
 
     prepare_sglang(threads=1, ranks=common["parallel"].ranks)  # type: ignore[attr-defined]
-    return SglangEngine(folder, vocabulary=VOCABULARY, **common)  # type: ignore[arg-type]
+    vocabulary = model.config.get_text_config().vocab_size
+    return SglangEngine(folder, vocabulary=vocabulary, **common)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from tests.engines.families import (
     drain,
     forward_logprobs,
     hugging_face_greedy,
+    image,
+    image_prompt,
     prompt,
     run,
     tiny,
@@ -222,16 +224,20 @@ def test_an_update_without_a_pause_or_of_other_weights_is_refused_and_changes_no
     assert sample.versions.tolist() == [0] * len(sample.tokens)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_fifty_updates_leave_neither_drift_nor_growth(engines: Engines, make_engine: MakeEngine, tied: bool) -> None:
-    first, second = (tiny("qwen2", seed, tied=tied) for seed in (0, 1))
-    engine = engines("qwen2")[0] if tied else make_engine(first)
+@pytest.mark.parametrize(("name", "tied"), [("qwen2", True), ("qwen2", False), ("qwen2_5_vl", True)])
+def test_fifty_updates_leave_neither_drift_nor_growth(
+    engines: Engines, make_engine: MakeEngine, name: str, tied: bool
+) -> None:
+    first, second = (tiny(name, seed, tied=tied) for seed in (0, 1))
+    engine = engines(name)[0] if tied else make_engine(first)
     size = 0
     for update in range(1, 51):
         model = (first, second)[update % 2]
         replace(engine, model, update)
-        sample = run(engine, ask("a", prompt(9, update), temperature=1.0, new=6, seed=update))["a", 0]
-        assert_true_logprobs(sample, model, prompt(9, update))
+        images = [image(84, 112, update % 3)] if name == "qwen2_5_vl" else []
+        tokens = image_prompt(model, images, update) if images else prompt(9, update)
+        sample = run(engine, ask("a", tokens, temperature=1.0, new=6, seed=update, images=images))["a", 0]
+        assert_true_logprobs(sample, model, tokens, images=images)
         assert set(sample.versions.tolist()) == {update}
         if update == 10:
             size = memory_of_workers()
@@ -313,9 +319,10 @@ def assert_true_logprobs(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    images: Sequence[np.ndarray] = (),
 ) -> None:
     expected = forward_logprobs(
-        model, list(tokens), sample.tokens.tolist(), temperature=temperature, top_k=top_k, top_p=top_p
+        model, list(tokens), sample.tokens.tolist(), temperature=temperature, top_k=top_k, top_p=top_p, images=images
     )
     np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=1e-4)
 

@@ -1,7 +1,7 @@
 """Lets the wheel of torchvision, which is linked against CUDA, be imported under a CPU build of torch.
 
 Its compiled part cannot be loaded then, and all that its import wants of it is that two operators have a schema. Put
-beside it, with a .pth line that imports this module, by `make env-sglang` on machines without a GPU.
+beside it, with a .pth line that imports this module, by `make env-vllm` and `make env-sglang` without a GPU.
 """
 
 from __future__ import annotations

@@ -12,11 +12,15 @@ from shared.weights import stage
 from tests.engines.families import (
     CONTEXT,
     FAMILIES,
+    IMAGE,
     ask,
     drain,
     forward_logprobs,
     hugging_face_greedy,
+    image,
+    image_prompt,
     prompt,
+    reader,
     run,
     tiny,
 )
@@ -140,6 +144,57 @@ def test_rows_with_and_without_truncation_share_a_batch() -> None:
     assert both["plain", 0].tokens.tolist() == alone.tokens.tolist()
     np.testing.assert_allclose(both["plain", 0].logprobs, alone.logprobs, atol=1e-5)
     assert both["greedy", 0].tokens.tolist() == hugging_face_greedy(model, prompt(9), 12, stop=None)
+
+
+def test_an_image_is_read_once_a_request_and_once_more_after_new_weights() -> None:
+    model = tiny("qwen2_5_vl")
+    engine = TransformersEngine(model, slots=2, stops=[], images=reader(model))
+    seen: list[int] = []
+    model.model.visual.register_forward_hook(lambda *_: seen.append(engine.version))
+    images = [image(84, 112)]
+    engine.submit(ask("a", image_prompt(model, images), samples=9, temperature=1.0, new=5, images=images))
+    engine.submit(ask("b", prompt(9), samples=3, new=5))
+    while engine.stats().queued > 5:
+        engine.advance()
+    assert seen == [-1]
+    engine.pause()
+    engine.update(stage(tiny("qwen2_5_vl", 1)), 1, "recompute")
+    engine.resume()
+    drain(engine)
+    assert seen == [-1, 1]
+
+
+def test_an_image_token_that_the_model_wrote_is_a_word_when_keys_and_values_are_made_again() -> None:
+    model = tiny("qwen2_5_vl")
+    engine = TransformersEngine(model, slots=1, stops=[], images=reader(model))
+    images = [image(84, 112)]
+    tokens = image_prompt(model, images)
+    for seed in range(100):
+        engine.submit(ask("a", tokens, temperature=1.5, new=12, seed=seed, images=images))
+        for _ in range(7):
+            engine.advance()
+        engine.pause()
+        engine.update(stage(model), 1, "recompute")
+        engine.resume()
+        sample = drain(engine)["a", 0]
+        if IMAGE in sample.tokens[:7]:
+            break
+    else:
+        pytest.fail("no sample of 100 had an image token early on")
+    expected = forward_logprobs(model, tokens, sample.tokens.tolist(), temperature=1.5, images=images)
+    np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=1e-4)
+
+
+def test_rows_that_move_keep_the_positions_of_their_images() -> None:
+    model = tiny("qwen2_5_vl")
+    engine = TransformersEngine(model, slots=4, stops=[], images=reader(model))
+    pictures = [[image(56, 56)], [], [image(168, 140)], [image(84, 56), image(112, 112)], []]
+    prompts = [image_prompt(model, images, seed) for seed, images in enumerate(pictures)]
+    # those that came first end first, so that the last rows move into theirs
+    finished = run(engine, *(ask(i, prompts[i], new=4 + 3 * i, images=images) for i, images in enumerate(pictures)))
+    for i, images in enumerate(pictures):
+        expected = hugging_face_greedy(model, prompts[i], 4 + 3 * i, stop=None, images=images)
+        assert finished[i, 0].tokens.tolist() == expected
 
 
 def test_a_model_with_sliding_windows_is_refused() -> None:
