@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.engines.base import Finished, weights_diverged
+from shared.engines.base import Begun, Finished, weights_diverged
 from shared.engines.sampling import draw, uniforms
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A sample about to get a row: whose it is, and what its row starts with."""
+    """A sample about to get a row: whose it is, and what its row starts with, tokens of earlier attempts included."""
 
     key: Hashable
     sample: int
@@ -27,6 +27,7 @@ class Arrival:
     temperature: float
     top_k: int
     top_p: float
+    begun: Begun | None = None
 
 
 class Rows:
@@ -52,8 +53,9 @@ class Rows:
     def add(self, arrivals: Sequence[Arrival]) -> torch.Tensor:
         """Give each arrival the next free row; returns the rows."""
         rows = torch.arange(self.count, self.count + len(arrivals))
-        self.lengths[rows] = torch.tensor([a.prompt_length for a in arrivals])
-        self._made[rows] = 0
+        made = torch.tensor([len(a.begun.tokens) if a.begun is not None else 0 for a in arrivals])
+        self.lengths[rows] = torch.tensor([a.prompt_length for a in arrivals]) + made
+        self._made[rows] = made
         self._limits[rows] = torch.tensor([a.limit for a in arrivals])
         self._streams[rows] = torch.tensor([a.stream for a in arrivals])
         self._temperature[rows] = torch.tensor([a.temperature for a in arrivals], dtype=torch.float32)
@@ -62,6 +64,9 @@ class Rows:
         self.owners += [(a.key, a.sample) for a in arrivals]
         self.count += len(arrivals)
         self._widen(max(a.limit for a in arrivals))
+        for row, arrival in zip(rows.tolist(), arrivals, strict=True):
+            if arrival.begun is not None:
+                self._begin(row, arrival.begun)
         self._composition_changed()
         return rows
 
@@ -90,15 +95,18 @@ class Rows:
 
     def finished(self, row: int, stops: torch.Tensor) -> Finished:
         """The sample in a row that ended."""
-        made = int(self._made[row])
         key, sample = self.owners[row]
-        return Finished(
-            key=key,
-            sample=sample,
+        made = self.made(row)
+        truncated = not bool(torch.isin(self.last[row], stops))
+        return Finished(key, sample, made.tokens, made.logprobs, made.versions, truncated)
+
+    def made(self, row: int) -> Begun:
+        """What the sample in a row has so far."""
+        made = int(self._made[row])
+        return Begun(
             tokens=self._tokens[row, :made].numpy().copy(),
             logprobs=self._logprobs[row, :made].numpy().copy(),
             versions=self._versions[row, :made].numpy().copy(),
-            truncated=not bool(torch.isin(self.last[row], stops)),
         )
 
     def cached(self, row: int) -> list[int]:
@@ -124,6 +132,12 @@ class Rows:
         self.count = remaining
         self._composition_changed()
         return moved, into
+
+    def _begin(self, row: int, begun: Begun) -> None:
+        made = len(begun.tokens)
+        self._tokens[row, :made] = torch.tensor(begun.tokens.tolist(), dtype=torch.int32)
+        self._logprobs[row, :made] = torch.tensor(begun.logprobs.tolist())
+        self._versions[row, :made] = torch.tensor(begun.versions.tolist(), dtype=torch.int32)
 
     def _composition_changed(self) -> None:
         used = slice(0, self.count)
