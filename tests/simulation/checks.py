@@ -482,6 +482,10 @@ class Checks:
                 mine[group.sampled_at] = mine.get(group.sampled_at, 0) + 1
             if group.state == "leased":
                 loads[group.replica] = loads.get(group.replica, 0) + group.samples
+        places = [place for group in ledger.groups.values() for place in (group.spooled, group.partial_at)]
+        needed = min((place.segment for place in places if place is not None), default=ledger.segment)
+        if ledger.first_segment() > needed:
+            self.broken(f"segments below {ledger.first_segment()} may go, but a group needs segment {needed}")
         found = {key: sorted(shelf) for key, shelf in ledger.shelves.items() if shelf}
         if found != {key: sorted(shelf) for key, shelf in shelves.items()}:
             self.broken(f"the ledger's shelves are {found}, its groups {shelves}")

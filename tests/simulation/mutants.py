@@ -276,7 +276,7 @@ MUTANTS = [
     # bugs of partial rollout: groups that are handed over part-way
     Mutant(
         "a continued group's age is its new lease's",
-        0,
+        287,
         (
             (
                 f"{CORE}/ledger.py",
@@ -288,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "tokens are gone on from however old they are",
-        0,
+        80,
         (
             (
                 f"{CORE}/rules/leasing.py",
@@ -299,7 +299,7 @@ MUTANTS = [
     ),
     Mutant(
         "payloads of leases that leave together are mixed up",
-        0,
+        128,
         (
             (
                 f"{CORE}/outcome.py",
@@ -315,7 +315,7 @@ MUTANTS = [
     ),
     Mutant(
         "an acknowledged hand-over is forgotten",
-        0,
+        4,
         ((f"{CORE}/ledger.py", "group.partial, group.partial_at = partial, spooled\n", "pass\n"),),
     ),
     # bugs that only a run with evaluators of its own can have
