@@ -292,7 +292,7 @@ MUTANTS = [
         (
             (
                 f"{CORE}/rules/leasing.py",
-                "if group.partial is not None and not _slot_is_free(turn, group.partial.oldest):",
+                "if group.partial is not None and not _comes_in_time(turn, group.partial.oldest, version):",
                 "if False:",
             ),
         ),

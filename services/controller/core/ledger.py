@@ -145,6 +145,11 @@ class Ledger(msgspec.Struct):
         """The oldest version that may have sampled a token of a group in this state; None without such groups."""
         return min(self.ages.get(f"{state} {purpose}", ()), default=None)
 
+    def sampled_by(self, version: int, purpose: Purpose) -> int:
+        """How many leased and reported groups may have tokens of this version or an older one."""
+        ages = [self.ages.get(f"{state} {purpose}", {}) for state in SAMPLED]
+        return sum(count for each in ages for age, count in each.items() if age <= version)
+
     def fresh(self) -> list[Group]:
         """Reported training groups that the filter has not seen, by id."""
         return [self.groups[number] for number in sorted(self.unfiltered)]

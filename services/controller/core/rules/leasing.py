@@ -4,8 +4,8 @@ Pacing (AReaL, arXiv 2505.24298, eq. 3, with the lessee's own version): a replic
 only while accepted + running < (max_staleness + u + 1) * batch, counted from the stage's start. So at most one batch's
 worth of groups can ever be due at one version, whatever the replicas lag.
 
-A group that was handed over with tokens is as old as the oldest of them: when a replica that holds such old weights
-would be leased nothing, the tokens are dropped and the group is sampled afresh.
+A group that was handed over with tokens is as old as the oldest of them: it must fit, beside the others that old, into
+the batches that may still take it. Where it does not, the tokens are dropped and the group is sampled afresh.
 """
 
 from __future__ import annotations
@@ -109,9 +109,26 @@ def _lease_rollout(turn: Turn, replica: Replica, samples: int) -> bool:
 
 def _slot_is_free(turn: Turn, version: int) -> bool:
     """Whether a replica that holds `version` may get more: its tokens would be trained in time, and it is not paced."""
+    return _next_batch(turn) - version <= turn.bound and _admitted(turn, "train") < _limit(turn, version)
+
+
+def _comes_in_time(turn: Turn, oldest: int, version: int) -> bool:
+    """Whether a group with tokens as old as `oldest` may be leased to a replica that holds `version`, which has a slot.
+
+    For each age from the one to the other, the groups that old or older must fit into the batches that may take them:
+    those which start from max_staleness above that age at most.
+    """
+    first, size = _next_batch(turn), turn.table.batch_size
+    return all(
+        turn.state.ledger.sampled_by(age, "train") < (turn.bound + age - first + 1) * size
+        for age in range(oldest, version)
+    )
+
+
+def _next_batch(turn: Turn) -> int:
+    """The version that the next batch to be formed will start from."""
     state = turn.state
-    base = state.version + len(state.steps.pending) + (state.steps.batch is not None)
-    return base - version <= turn.bound and _admitted(turn, "train") < _limit(turn, version)
+    return state.version + len(state.steps.pending) + (state.steps.batch is not None)
 
 
 def _limit(turn: Turn, version: int) -> int:
@@ -193,7 +210,7 @@ def _lease(turn: Turn, group: Group, replica: Replica) -> None:
     state = turn.state
     version = replica.position.version if replica.position is not None else state.version
     until = state.now + turn.recipe.timeouts.lease_s
-    if group.partial is not None and not _slot_is_free(turn, group.partial.oldest):
+    if group.partial is not None and not _comes_in_time(turn, group.partial.oldest, version):
         drop_partial(turn, group, "too old")
     state.ledger.lease(group, replica.name, replica.incarnation, version, state.now, until)
     group.wave = state.ledger.wave
