@@ -230,9 +230,8 @@ class EngineService:
         if self._drain_until is None:
             self._log.info("draining", why=cause, groups=len(self._held()))
             self._drain_until = time.monotonic() + DRAIN_SHARE * self._recipe.timeouts.exit_s
-            for group in self._generation.groups if self._generation is not None else ():
-                if self._may_go_on_elsewhere(group.grant):
-                    self._hand_over(group)
+            groups = self._generation.groups if self._generation is not None else []
+            self._hand_over([group for group in groups if self._may_go_on_elsewhere(group.grant)])
 
     def _shutdown(self, message: Shutdown) -> None:
         self._log.info("the run is over", why=message.cause)
@@ -246,8 +245,7 @@ class EngineService:
         drained = self._drain_until is not None and (not self._held() or time.monotonic() >= self._drain_until)
         if self._code is None and (self._stops > 1 or drained):
             held = self._held()
-            for group in held:
-                self._hand_over(group)
+            self._hand_over(held)
             self._log.info("leaving", handed_back=len(held))
             self._code = EXIT_DONE
 
@@ -396,15 +394,20 @@ class EngineService:
         mixes = not recipe.run.deterministic and recipe.rollout.in_flight != "abort"
         return mixes and grant.purpose == "train"
 
-    def _hand_over(self, group: Group) -> None:
-        """Return a group in hand, with the tokens so far if another replica may go on from them."""
-        packed = None
-        if self._may_go_on_elsewhere(group.grant):
-            generating = self._generation is not None and group in self._generation.groups
-            so_far = self._generation.interrupt(group) if self._generation and generating else group.so_far()
-            packed = pack_partial(so_far, group.begun)
-        partial, frames = packed if packed is not None else (None, [])
-        self._return(group.grant, "handed_back", "this replica leaves", partial, frames)
+    def _hand_over(self, groups: Sequence[Group]) -> None:
+        """Return groups in hand, with the tokens so far where another replica may go on from them."""
+        so_far = {group.ref: group.so_far() for group in groups}
+        if self._generation is not None:
+            inside = {group.ref for group in self._generation.groups}
+            for group in reversed(groups):  # so that none of them takes a slot that another one has left
+                if group.ref in inside:
+                    so_far[group.ref] = self._generation.interrupt(group)
+        for group in groups:
+            packed = None
+            if self._may_go_on_elsewhere(group.grant):
+                packed = pack_partial(so_far[group.ref], group.begun)
+            partial, frames = packed if packed is not None else (None, [])
+            self._return(group.grant, "handed_back", "this replica leaves", partial, frames)
 
     def _return(
         self, grant: Grant, cause: Cause, detail: str, partial: Partial | None = None, frames: Sequence[Frame] = ()

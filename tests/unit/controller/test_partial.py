@@ -7,21 +7,27 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from services.controller.audit import Audit
+from services.controller.audit import Audit, Auditor
+from services.controller.core.events import Spooled
 from services.controller.core.outcome import (
+    MOST_MERGED_BYTES,
+    AnyFact,
     Consumed,
     Discarded,
     FreeSpool,
     HandedOver,
+    Issued,
     Leased,
     PartialDropped,
     PartialRefused,
+    Reported,
     Requeued,
     RolledBack,
     Send,
+    merge_leases,
 )
 from services.controller.core.rules.leasing import ATTEMPTS
-from shared.messages import ArrayHeader, Goodbye, Lease, LeaseReturned, Leaving, Partial
+from shared.messages import ArrayHeader, Goodbye, Grant, Lease, LeaseReturned, Leaving, Partial, Sampling
 from tests.unit.controller.world import Key, Model, World, recipe
 
 
@@ -311,3 +317,45 @@ def test_a_deterministic_run_begins_again_whatever_it_is_given(tmp_path: Path) -
     assert {fact.begun for fact in world.of(Leased)} == {0}  # type: ignore[attr-defined]
     finish_all(world, first)
     complete_and_clean(world, tmp_path)
+
+
+def lease_of(group: int, *sizes: int, replica: str = "rollout-0") -> Send:
+    """A lease of one group, on its way with a payload of these frames."""
+    fields: dict[str, object] = dict.fromkeys(Grant.__struct_fields__, 0)
+    fields |= {"group": group, "purpose": "train", "sampling": Sampling(1.0, 1.0, 0, 4)}
+    places = [Spooled(group, 0, list(sizes), 1)] if sizes else []
+    return Send(replica, 0, Lease([Grant(**fields)]), places)  # type: ignore[arg-type]
+
+
+def test_payloads_of_leases_that_leave_together_stay_in_the_order_of_their_grants() -> None:
+    effects = [lease_of(1, 8, 8), lease_of(2), lease_of(3, 4), lease_of(4, 4, replica="rollout-1")]
+    merged = merge_leases(list(effects))
+    assert [[grant.group for grant in each.message.grants] for each in merged] == [[1, 2, 3], [4]]  # type: ignore[union-attr]
+    assert [[place.segment for place in each.payload] for each in merged] == [[1, 3], [4]]  # type: ignore[union-attr]
+
+
+def test_leases_with_large_payloads_are_messages_of_their_own() -> None:
+    large = MOST_MERGED_BYTES // 2 + 1
+    merged = merge_leases([lease_of(1, large), lease_of(2), lease_of(3, large), lease_of(4)])
+    assert [[grant.group for grant in each.message.grants] for each in merged] == [[1, 2], [3, 4]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("facts", "fault"),
+    [
+        ([Leased(1, 2, "b", 1, 0, 0, 3)], "leased with 3 tokens, 5 were handed over"),
+        ([Leased(1, 2, "b", 1, 0, 0, 0)], "leased with 0 tokens, 5 were handed over"),
+        ([Leased(1, 2, "b", 1, 3, 0, 5), Reported(1, 2, 3, 3)], "its oldest token is said to be of version 3"),
+        ([Leased(1, 2, "b", 1, 3, 0, 5), HandedOver(1, 1, 2, 9, 3)], "its oldest token is said to be of version 3"),
+        ([HandedOver(1, 1, 7, 9, 0)], "handed over by attempt 7, not by the last lease"),
+        ([PartialDropped(1, 1, 1, 4, "too old")], "4 tokens dropped, 5 were handed over"),
+        ([PartialDropped(1, 1, 1, 5, "too old"), Leased(1, 2, "b", 1, 3, 0, 0), Reported(1, 2, 3, 3)], ""),
+        ([Leased(1, 2, "b", 1, 3, 0, 5), Reported(1, 2, 1, 3)], ""),
+    ],
+)
+def test_the_audit_follows_tokens_from_lease_to_lease(facts: list[AnyFact], fault: str) -> None:
+    auditor = Auditor()
+    before = [Issued(1, 1, "train", False), Leased(1, 1, "a", 1, 1, 0), HandedOver(1, 1, 1, 5, 1)]
+    auditor.take(1, {"event": {"type": "other"}, "facts": msgspec.to_builtins([*before, *facts])})
+    assert [text for text in auditor.audit.faults if fault not in text] == []
+    assert bool(auditor.audit.faults) == bool(fault)
