@@ -92,11 +92,26 @@ class Sampling(Part):
     max_new_tokens: int
 
 
+class Partial(Part):
+    """What attempts at a group have sampled of it so far, for another replica to go on from (partial rollout).
+
+    `lengths` has one entry a sample, 0 for one that was not begun. Payload frames follow the message, as `arrays` says:
+    `tokens`, `logprobs` and `versions`, each of sum(lengths), as those of a `GroupReport`. `oldest` is the oldest
+    version of all these tokens, `newest` the newest of those that the last lease has added.
+    """
+
+    lengths: list[int]
+    oldest: int
+    newest: int
+    arrays: list[ArrayHeader]
+
+
 class Grant(Part):
     """A lease on one prompt group: which row to answer, how, by when, and with weights no older than `version`.
 
     `suite` names the recipe's suite that an eval group belongs to, and is empty otherwise. `reward_weights` are those
-    of the reward's parts by name, under `revision`; a part that is not named keeps the recipe's.
+    of the reward's parts by name, under `revision`; a part that is not named keeps the recipe's. `partial` is what
+    others have sampled of the group: its samples go on from there.
     """
 
     group: int
@@ -115,13 +130,14 @@ class Grant(Part):
     deadline_s: float
     suite: str = ""
     reward_weights: dict[str, float] = {}
+    partial: Partial | None = None
 
 
 class AssignedGroup(Part):
     """A group inside a `TrainStep`; its payload frames follow in the order of `arrays`.
 
     `temperature` is the one that its tokens were sampled with: log-probs are compared under the same distribution.
-    `replica` is who sampled them.
+    `replica` is who sampled them, or the last of them where one has continued what others began.
     """
 
     group: int
@@ -288,7 +304,7 @@ class ReplicaFailed(Message):
 class Lease(Message):
     """Controller -> rollout (train, eval), evaluator (eval) or policy (sft): work on these groups.
 
-    Known attempts are ignored.
+    Known attempts are ignored. Payload frames of the grants that have a `partial` follow, in the order of the grants.
 
     Each grant is answered by one `GroupReport` or `LeaseReturned` before its deadline.
     """
@@ -303,8 +319,9 @@ class GroupReport(Message):
     tokens one after the other; `logprobs` float32[sum(lengths)] under the sampling distribution; `versions`
     int32[sum(lengths)], the weight version that sampled each token. An eval report carries no arrays; its rewards are
     the verifier's raw scores, and `category` is the row's value in the suite's category column ("" without one).
-    `oldest` and `newest` bound the versions; `seconds` is what generating took, `judge_seconds` what the rewards took
-    after that. Acknowledged once spooled and journaled; a duplicate too.
+    `oldest` is the oldest version of all tokens, `newest` the newest of those sampled under this lease (the lease's own
+    where there are none); `seconds` is what generating took, `judge_seconds` what the rewards took after that.
+    Acknowledged once spooled and journaled; a duplicate too.
     """
 
     group: int
@@ -324,13 +341,18 @@ class GroupReport(Message):
 
 
 class LeaseReturned(Message):
-    """Replica -> controller: a grant that will not be reported. `handed_back` is leased again; other causes discard."""
+    """Replica -> controller: a grant that will not be reported. `handed_back` is leased again; other causes discard.
+
+    With `partial`, whose payload frames follow, the next lease of a train group goes on from the tokens so far; without
+    one, from those that the grant came with. Acknowledged once spooled and journaled.
+    """
 
     group: int
     attempt: int
     lineage: int
     cause: Literal["handed_back", "row_invalid", "prompt_too_long", "reward_failed"]
     detail: str
+    partial: Partial | None = None
 
 
 class RevokeLease(Message):

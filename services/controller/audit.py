@@ -4,6 +4,7 @@ Folds the *facts* of every record as plain maps, without the core that made them
 
 - per lineage: ids issued = consumed + discarded(cause) + open, each id in exactly one of the three;
 - a group is consumed by a committed step, after a report of its last attempt, and at most once in a lineage;
+- an attempt goes on from tokens exactly if an earlier one handed them over, and its report is no younger than they are;
 - trained version - oldest sampled version <= the bound, recomputed from the reports;
 - a verdict on a version is made of answers by exactly that version;
 - steps commit in order, each once in a lineage, and only an attempt that was assigned;
@@ -55,6 +56,9 @@ class Audit:
     terms: int = 0
     staleness: int = 0
     bound: int = 0
+    handed_over: int = 0
+    continued: int = 0
+    partials_dropped: Counter[str] = field(default_factory=Counter)
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     gone: Counter[str] = field(default_factory=Counter)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -83,6 +87,12 @@ class Audit:
                 f"(step {back['step']}), {back['redo_batches']} batches trained again from the spool"
             )
         text.append(f"staleness: at most {self.staleness}, bound {self.bound}")
+        if self.handed_over or self.partials_dropped:
+            dropped = ", ".join(f"{cause} {count}" for cause, count in sorted(self.partials_dropped.items())) or "never"
+            text.append(
+                f"handed over part-way: {self.handed_over} times, {self.continued} consumed groups were continued; "
+                f"tokens dropped: {dropped}"
+            )
         if self.gone:
             text.append("replicas gone: " + ", ".join(f"{state} {count}" for state, count in sorted(self.gone.items())))
         if self.comparisons:
@@ -142,6 +152,8 @@ class _Fold:
         self._purpose: dict[int, str] = {}
         self._attempt: dict[int, int] = {}
         self._reported: dict[int, tuple[int, int]] = {}
+        self._partial: dict[int, tuple[int, int]] = {}
+        self._begun: dict[int, int] = {}
         self._assigned: dict[tuple[int, int, int], set[int]] = {}
         self._trained: dict[tuple[int, int], set[int]] = {}
         self._settled = (0, 0)
@@ -170,10 +182,32 @@ class _Fold:
             )
         self._attempt[fact["group"]] = fact["attempt"]
         self._reported.pop(fact["group"], None)
+        tokens, _ = self._partial.get(fact["group"], (0, 0))
+        if fact["begun"] != tokens:
+            self._fault(f"group {fact['group']}: leased with {fact['begun']} tokens, {tokens} were handed over")
+        self._begun[fact["group"]] = fact["begun"]
+
+    def handed_over(self, fact: dict[str, Any]) -> None:
+        if fact["attempt"] != self._attempt.get(fact["group"]):
+            self._fault(f"group {fact['group']}: handed over by attempt {fact['attempt']}, not by the last lease")
+        self._check_age(fact)
+        self._partial[fact["group"]] = (fact["tokens"], fact["oldest"])
+        self._audit.handed_over += 1
+
+    def partial_dropped(self, fact: dict[str, Any]) -> None:
+        tokens, _ = self._partial.pop(fact["group"], (0, 0))
+        if fact["tokens"] != tokens:
+            self._fault(f"group {fact['group']}: {fact['tokens']} tokens dropped, {tokens} were handed over")
+        self.partial_refused(fact)
+
+    def partial_refused(self, fact: dict[str, Any]) -> None:
+        self._audit.partials_dropped[fact["cause"]] += 1
 
     def reported(self, fact: dict[str, Any]) -> None:
         if fact["attempt"] != self._attempt.get(fact["group"]):
             self._fault(f"group {fact['group']}: a report of attempt {fact['attempt']}, not of the last lease")
+        self._check_age(fact)
+        self._partial.pop(fact["group"], None)
         self._reported[fact["group"]] = (fact["oldest"], fact["newest"])
 
     def discarded(self, fact: dict[str, Any]) -> None:
@@ -213,6 +247,7 @@ class _Fold:
             elif self._purpose.get(group) == "train":
                 staleness = version - self._reported[group][0]
                 self._audit.staleness = max(self._audit.staleness, staleness)
+                self._audit.continued += self._begun.get(group, 0) > 0
                 if staleness > fact["bound"]:
                     self._fault(f"group {group} was trained {staleness} versions late, the bound is {fact['bound']}")
             book.consumed.add(group)
@@ -259,6 +294,15 @@ class _Fold:
 
     def _book(self, lineage: int) -> Book:
         return self._audit.books.setdefault(lineage, Book())
+
+    def _check_age(self, fact: dict[str, Any]) -> None:
+        """What was handed over, or reported, holds the tokens that its lease went on from."""
+        known = self._partial.get(fact["group"])
+        if known is not None and fact["oldest"] > known[1]:
+            self._fault(
+                f"group {fact['group']}: its oldest token is said to be of version {fact['oldest']}, but its lease "
+                f"went on from one of {known[1]}"
+            )
 
     def _fault(self, text: str) -> None:
         self._audit.faults.append(text)

@@ -42,7 +42,7 @@ def group_report(group: Group, scores: Sequence[Score]) -> tuple[GroupReport, li
         lengths=[len(sample.tokens) for sample in samples],
         truncated=[sample.truncated for sample in samples],
         oldest=int(versions.min()),
-        newest=int(versions.max()),
+        newest=group.newest(),
         seconds=group.seconds,
         arrays=headers,
         judge_seconds=max(0.0, time.monotonic() - group.started - group.seconds),

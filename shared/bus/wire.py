@@ -14,7 +14,17 @@ from typing import Any
 import msgspec
 
 from shared.bus.errors import WireFault
-from shared.messages import PROTOCOL, AnyMessage, ArrayHeader, Envelope, GroupReport, TrainStep
+from shared.messages import (
+    PROTOCOL,
+    AnyMessage,
+    ArrayHeader,
+    Envelope,
+    GroupReport,
+    Lease,
+    LeaseReturned,
+    Partial,
+    TrainStep,
+)
 
 Frame = bytes | memoryview
 Frames = Sequence[Frame]
@@ -124,6 +134,11 @@ def array_headers(message: object) -> list[ArrayHeader]:
             return message.arrays
         case TrainStep():
             return list(chain.from_iterable(group.arrays for group in message.groups))
+        case LeaseReturned(partial=Partial(arrays=arrays)):
+            return arrays
+        case Lease():
+            partials = (grant.partial for grant in message.grants)
+            return [header for partial in partials if partial is not None for header in partial.arrays]
     return []
 
 

@@ -36,6 +36,19 @@ class PromptTooLong(EngineError):
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """The tokens that a sample has so far, of this engine or of another; arrays as those of `Finished`."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+
+    def ended(self, limit: int, stops: Container[int]) -> bool:
+        """Whether there is nothing left to generate: it fills its limit, or its last token is a stop token."""
+        return len(self.tokens) >= limit or int(self.tokens[-1]) in stops
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to answer `samples` times; `key` is the caller's (hashable) name for it while it is in flight.
 
@@ -44,6 +57,9 @@ class Request:
 
     `prompt` is the sequence that the model reads, token for token. Each of `images` (uint8 [height, width, 3], in
     order) has its run of image tokens there, as many as its size makes: `shared.models.images.ImageReader.expand`.
+
+    `begun` is empty or has an entry a sample: the tokens to go on from, or None. They count towards the length limit,
+    and come back at the front of `Finished` as they are; a sample that they end is finished as it stands.
     """
 
     key: Any
@@ -52,6 +68,7 @@ class Request:
     sampling: Sampling
     seed: int
     images: Sequence[np.ndarray] = ()
+    begun: Sequence[Begun | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +118,11 @@ class Engine(ABC):
     """The tensors that `update` wants."""
     seeded: bool = True
     """Whether a request's seed decides its draws; where it does not, they are random, of the same distribution."""
+    resumes_draws: bool = False
+    """Whether a sample that was begun goes on with the draws that it would have had if nothing had interrupted it.
+
+    In other `seeded` engines its next draws follow from the seed and the number of tokens that it has.
+    """
 
     @abstractmethod
     def submit(self, request: Request) -> None:
@@ -110,8 +132,12 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def abort(self, key: Hashable) -> None:
-        """Forget a request, its queued and running samples alike. Unknown keys are ignored."""
+    def abort(self, key: Hashable) -> dict[int, Begun]:
+        """Forget a request, its queued and running samples alike; what these have so far, by sample.
+
+        Samples without a token and those that `advance` has returned are left out. Unknown keys are ignored. EngineDied
+        if a process of the engine has ended.
+        """
 
     @abstractmethod
     def advance(self) -> list[Finished]:
@@ -129,7 +155,8 @@ class Engine(ABC):
         """Replace all weights while paused; later tokens carry `version`. EngineError if not paused, WeightsError.
 
         Sequences in flight go on with the keys and values that they have ("keep"), get them computed again by the new
-        weights ("recompute"), or begin again ("abort"). No prompt that starts from now on meets those of older weights.
+        weights ("recompute"), or begin again ("abort"), without what they were begun with, too. No prompt that starts
+        from now on meets those of older weights.
         """
 
     @abstractmethod
@@ -153,6 +180,12 @@ def room_for(request: Request, context: int, in_flight: Container[Hashable]) -> 
         raise EngineError(
             f"request {request.key!r} wants a prompt of at least one token and at least one sample; "
             f"it has {len(request.prompt)} tokens and {request.samples} samples"
+        )
+    arrays = [{len(b.tokens), len(b.logprobs), len(b.versions)} for b in request.begun if b is not None]
+    if len(request.begun) not in (0, request.samples) or any(len(sizes) != 1 or 0 in sizes for sizes in arrays):
+        raise EngineError(
+            f"request {request.key!r} wants to go on from {len(request.begun)} samples of {request.samples}; give an "
+            "entry a sample: None, or at least one token with as many log-probabilities and versions"
         )
     room = context - len(request.prompt)
     if room < 1:
@@ -178,6 +211,17 @@ def pixels_of(request: Request, reader: ImageReader | None) -> Pixels | None:
         return reader.read(request.prompt, request.images)
     except ImageError as error:
         raise EngineError(f"request {request.key!r}: {error}") from error
+
+
+def finished_as_begun(request: Request, limit: int, stops: Container[int]) -> dict[int, Finished]:
+    """The samples of a request that are whole as they were begun, by sample."""
+    return {
+        index: Finished(
+            request.key, index, begun.tokens, begun.logprobs, begun.versions, int(begun.tokens[-1]) not in stops
+        )
+        for index, begun in enumerate(request.begun)
+        if begun is not None and begun.ended(limit, stops)
+    }
 
 
 def weights_diverged(version: int) -> EngineError:

@@ -5,8 +5,9 @@
 
 All bookkeeping is on the caller's thread; the loop only runs what a backend's coroutines do. Samples wait here, not in
 the backend, until a slot is free, so that each starts with the weights of that moment: its `epoch` (the number of
-updates so far) goes to the backend, which keeps prefixes of different epochs apart. Invariant: results of samples that
-were aborted, or began again, are dropped by identity.
+updates so far) goes to the backend, which keeps prefixes of different epochs apart. A sample that was begun elsewhere
+is to the backend one with a longer prompt and a lower limit. Invariant: results of samples that were aborted, or began
+again, are dropped by identity.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 
 from shared.config.schema import InFlight
 from shared.engines.base import (
+    Begun,
     Engine,
     EngineDied,
     EngineError,
@@ -35,6 +37,7 @@ from shared.engines.base import (
     Finished,
     Request,
     check_update,
+    finished_as_begun,
     pixels_of,
     room_for,
     weights_diverged,
@@ -49,6 +52,10 @@ WAIT_S = 0.005
 """Longest that `advance` waits for a sample to finish."""
 LOOK_S = 0.1
 """How often a caller who waits for the engine looks whether it still lives."""
+ABORT_S = 0.05
+"""How often a sample that shall end is told so again: the backend may not have heard of it yet."""
+PAUSED_S = 0.2
+"""Longest wait for what a paused backend has made of such a sample: it may not get to it before it goes on."""
 
 T = TypeVar("T")
 
@@ -57,8 +64,9 @@ T = TypeVar("T")
 class Sample:
     """One sample to generate, as a backend sees it.
 
-    `name` is unique among all samples of this engine; `stream` (63 bits) seeds its draws; `pixels` are of its images;
-    `epoch` numbers the weights.
+    `name` is unique among all samples of this engine, and none begins with another; `stream` (63 bits) seeds its draws;
+    `pixels` are of its images; `epoch` numbers the weights. `prompt` ends with the tokens of `begun`, which the result
+    lacks.
     """
 
     name: str
@@ -70,17 +78,32 @@ class Sample:
     stream: int
     pixels: Pixels | None = None
     epoch: int = 0
-    future: Future[None] | None = None
+    begun: Begun | None = None
+    future: Future[Made | Exception] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a backend made of a sample: token ids, their log-probabilities and versions, whether it ran into a stop."""
+    """What a backend made of a sample: token ids, their log-probabilities and versions, whether it ran into a stop.
+
+    Of one that was aborted, the tokens so far.
+    """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     versions: Sequence[int]
     stopped: bool
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request in flight, the pixels of its images, and how many of its samples are still to be returned."""
+
+    request: Request
+    limit: int
+    streams: list[int]
+    left: int
+    pixels: Pixels | None
 
 
 @dataclass(slots=True)
@@ -122,7 +145,8 @@ class HostedEngine(Engine):
         self._images = images
         self._waiting: deque[Sample] = deque()
         self._running: dict[tuple[Hashable, int], Sample] = {}
-        self._left: dict[Hashable, int] = {}
+        self._asked: dict[Hashable, _Asked] = {}
+        self._whole: list[Finished] = []  # came finished
         self._results: queue.SimpleQueue[tuple[Sample, Made | Exception]] = queue.SimpleQueue()
         self._names = itertools.count()
         self._epoch = 0
@@ -152,7 +176,11 @@ class HostedEngine(Engine):
 
     @abstractmethod
     async def _generate(self, sample: Sample) -> Made:
-        """Generate one sample; cancelled when nobody wants it any more."""
+        """Generate one sample, or what there is of it when `_abort` is called; cancelled when nobody wants it."""
+
+    @abstractmethod
+    async def _abort(self, sample: Sample) -> None:
+        """Have a running sample end where it is. It may have ended, or not have begun; called again until it ends."""
 
     @abstractmethod
     async def _pause(self) -> None:
@@ -181,33 +209,43 @@ class HostedEngine(Engine):
     # --- the interface of all engines -------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        limit = min(request.sampling.max_new_tokens, room_for(request, self.context, self._left))
+        limit = min(request.sampling.max_new_tokens, room_for(request, self.context, self._asked))
         pixels = pixels_of(request, self._images)
         seeds = torch.full((request.samples,), as_int64(request.seed))
         streams = stream_keys(seeds, torch.arange(request.samples)).tolist()
-        self._left[request.key] = request.samples
-        for index, stream in enumerate(streams):
-            name = f"{next(self._names)}"
-            kept = stream & ((1 << 63) - 1)
-            self._waiting.append(
-                Sample(name, request.key, index, request.prompt, request.sampling, limit, kept, pixels)
-            )
+        self._asked[request.key] = asked = _Asked(request, limit, streams, request.samples, pixels)
+        whole = finished_as_begun(request, limit, self._stops)
+        self._whole += whole.values()
+        for index in range(request.samples):
+            if index not in whole:
+                self._waiting.append(self._sample(asked, index, request.begun[index] if request.begun else None))
         self._admit()
 
-    def abort(self, key: Hashable) -> None:
-        if self._left.pop(key, None) is None:
-            return
+    def abort(self, key: Hashable) -> dict[int, Begun]:
+        if self._asked.pop(key, None) is None:
+            return {}
+        begun = {s.sample: Begun(s.tokens, s.logprobs, s.versions) for s in self._whole if s.key == key}
+        self._whole = [sample for sample in self._whole if sample.key != key]
+        begun |= {s.index: s.begun for s in self._waiting if s.key == key and s.begun is not None}
         self._waiting = deque(sample for sample in self._waiting if sample.key != key)
-        for place in [place for place in self._running if place[0] == key]:
-            self._drop(self._running.pop(place))
+        running = [self._running.pop(place) for place in list(self._running) if place[0] == key]
+        if running:
+            self._call(self._end_early(running), self._call_s, "abort a prompt")
+        for sample in running:
+            made = _so_far(sample)
+            if made is not None:
+                begun[sample.index] = made
         self._admit()
+        return begun
 
     def advance(self) -> list[Finished]:
         self._raise_if_dead()
-        if self._paused or not self._running:
+        if self._paused:
             return []
-        finished: list[Finished] = []
-        first = True
+        finished = self._take_whole()
+        if not self._running:
+            return finished
+        first = not finished
         while True:
             try:
                 sample, made = self._results.get(timeout=WAIT_S) if first else self._results.get_nowait()
@@ -239,7 +277,8 @@ class HostedEngine(Engine):
     def stats(self) -> EngineStats:
         busy = self._busy + (time.perf_counter() - self._busy_since if self._busy_since is not None else 0.0)
         own = self._report()
-        return EngineStats(len(self._running), len(self._waiting), own.tokens, busy, own.kv_use, own.prefix_hits)
+        queued = len(self._waiting) + len(self._whole)
+        return EngineStats(len(self._running), queued, own.tokens, busy, own.kv_use, own.prefix_hits)
 
     def close(self) -> None:
         if self._closed:
@@ -249,7 +288,8 @@ class HostedEngine(Engine):
         for sample in self._running.values():
             self._drop(sample)
         self._running.clear()
-        self._left.clear()
+        self._whole.clear()
+        self._asked.clear()
         wait([asyncio.run_coroutine_threadsafe(self._end(), self._loop)], timeout=self._call_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(self._call_s)
@@ -268,34 +308,57 @@ class HostedEngine(Engine):
             self._busy += time.perf_counter() - self._busy_since
             self._busy_since = None
 
+    def _sample(self, asked: _Asked, index: int, begun: Begun | None) -> Sample:
+        """A sample to generate, from its prompt or from what was begun.
+
+        Draws that go on have a stream of their own: the sample's would begin with those that made the first tokens.
+        """
+        request, stream = asked.request, asked.streams[index]
+        tokens: list[int] = begun.tokens.tolist() if begun is not None else []
+        if tokens:
+            stream = int(stream_keys(torch.tensor([stream]), torch.tensor([len(tokens)])))
+        return Sample(
+            f"{next(self._names)}.",
+            request.key,
+            index,
+            [*request.prompt, *tokens],
+            request.sampling,
+            asked.limit - len(tokens),
+            stream & ((1 << 63) - 1),
+            asked.pixels,
+            begun=begun,
+        )
+
     def _begin_anew(self) -> None:
-        """Throw away what running samples have so far, and queue them again, before those that wait."""
-        again = []
+        """Throw away what samples have so far; running ones are queued again, before those that wait."""
         for sample in self._running.values():
             self._drop(sample)
-            name = f"{next(self._names)}"
-            again.append(replace(sample, name=name, future=None))
+        again = [*self._running.values(), *self._waiting]
         self._running.clear()
-        self._waiting.extendleft(reversed(again))
+        self._waiting = deque(self._sample(self._asked[sample.key], sample.index, None) for sample in again)
+
+    def _take_whole(self) -> list[Finished]:
+        """The samples that came finished."""
+        whole, self._whole = self._whole, []
+        for sample in whole:
+            self._count_off(sample.key)
+        return whole
+
+    def _count_off(self, key: Hashable) -> None:
+        asked = self._asked[key]
+        asked.left -= 1
+        if asked.left == 0:
+            del self._asked[key]
 
     def _finish(self, sample: Sample, made: Made | Exception) -> Finished:
         del self._running[sample.key, sample.index]
         if isinstance(made, Exception):
             raise self._failed(f"answer a prompt of {len(sample.prompt)} tokens", made) from made
-        logprobs = np.asarray(made.logprobs, dtype=np.float32)
-        if not np.isfinite(logprobs).all():
+        whole = _joined(sample, made)
+        if not np.isfinite(whole.logprobs).all():
             raise weights_diverged(self.version)
-        self._left[sample.key] -= 1
-        if self._left[sample.key] == 0:
-            del self._left[sample.key]
-        return Finished(
-            key=sample.key,
-            sample=sample.index,
-            tokens=np.asarray(made.tokens, dtype=np.int32),
-            logprobs=logprobs,
-            versions=np.asarray(made.versions, dtype=np.int32),
-            truncated=not made.stopped,
-        )
+        self._count_off(sample.key)
+        return Finished(sample.key, sample.index, whole.tokens, whole.logprobs, whole.versions, not made.stopped)
 
     def _drop(self, sample: Sample) -> None:
         if sample.future is not None:
@@ -322,12 +385,25 @@ class HostedEngine(Engine):
             await self._endpoint.stop()
         await self._stop()
 
-    async def _run(self, sample: Sample) -> None:
+    async def _run(self, sample: Sample) -> Made | Exception:
         try:
             made: Made | Exception = await self._generate(sample)
         except Exception as error:  # any failure belongs to the thread that asked
             made = error
         self._results.put((sample, made))
+        return made
+
+    async def _end_early(self, samples: list[Sample]) -> None:
+        """Have running samples end where they are; those that don't are cancelled."""
+        until = self._loop.time() + (PAUSED_S if self._paused else self._call_s / 2)
+        ends = {asyncio.wrap_future(sample.future): sample for sample in samples if sample.future is not None}
+        pending = set(ends)
+        while pending and self._loop.time() < until:
+            for end in pending:
+                await self._abort(ends[end])
+            _, pending = await asyncio.wait(pending, timeout=ABORT_S)
+        for end in pending:
+            end.cancel()
 
     def _call(self, work: Coroutine[Any, Any, T], limit_s: float, what: str) -> T:
         """Run a backend's coroutine to its end from the caller's thread."""
@@ -356,3 +432,26 @@ class HostedEngine(Engine):
         death = self._death()
         if death is not None and not self._closed:
             raise EngineDied(f"{self.name} died: {death}")
+
+
+def _joined(sample: Sample, made: Made) -> Begun:
+    """What a sample was begun with, and what the backend made of it."""
+    tokens = np.asarray(made.tokens, dtype=np.int32)
+    logprobs, versions = np.asarray(made.logprobs, dtype=np.float32), np.asarray(made.versions, dtype=np.int32)
+    begun = sample.begun
+    if begun is None:
+        return Begun(tokens, logprobs, versions)
+    return Begun(
+        np.concatenate([begun.tokens, tokens]),
+        np.concatenate([begun.logprobs, logprobs]),
+        np.concatenate([begun.versions, versions]),
+    )
+
+
+def _so_far(sample: Sample) -> Begun | None:
+    """What a sample that was ended early has; what it was begun with, if the backend does not tell."""
+    future = sample.future
+    made = future.result() if future is not None and future.done() and not future.cancelled() else None
+    if not isinstance(made, Made) or not len(made.tokens) or not np.isfinite(made.logprobs).all():
+        return sample.begun
+    return _joined(sample, made)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.engines.base import Finished, weights_diverged
+from shared.engines.base import Begun, Finished, weights_diverged
 from shared.engines.sampling import draw, uniforms
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A sample about to get a row: whose it is, and what its row starts with."""
+    """A sample about to get a row: whose it is, and what its row starts with, tokens of earlier attempts included."""
 
     key: Hashable
     sample: int
@@ -28,6 +28,7 @@ class Arrival:
     temperature: float
     top_k: int
     top_p: float
+    begun: Begun | None = None
 
 
 class Rows:
@@ -54,9 +55,10 @@ class Rows:
     def add(self, arrivals: Sequence[Arrival]) -> torch.Tensor:
         """Give each arrival the next free row; returns the rows."""
         rows = torch.arange(self.count, self.count + len(arrivals))
-        self.lengths[rows] = torch.tensor([a.prompt_length for a in arrivals])
+        made = torch.tensor([len(a.begun.tokens) if a.begun is not None else 0 for a in arrivals])
+        self.lengths[rows] = torch.tensor([a.prompt_length for a in arrivals]) + made
         self.offsets[rows] = torch.tensor([a.offset for a in arrivals])
-        self._made[rows] = 0
+        self._made[rows] = made
         self._limits[rows] = torch.tensor([a.limit for a in arrivals])
         self._streams[rows] = torch.tensor([a.stream for a in arrivals])
         self._temperature[rows] = torch.tensor([a.temperature for a in arrivals], dtype=torch.float32)
@@ -65,6 +67,9 @@ class Rows:
         self.owners += [(a.key, a.sample) for a in arrivals]
         self.count += len(arrivals)
         self._widen(max(a.limit for a in arrivals))
+        for row, arrival in zip(rows.tolist(), arrivals, strict=True):
+            if arrival.begun is not None:
+                self._begin(row, arrival.begun)
         self._composition_changed()
         return rows
 
@@ -93,15 +98,18 @@ class Rows:
 
     def finished(self, row: int, stops: torch.Tensor) -> Finished:
         """The sample in a row that ended."""
-        made = int(self._made[row])
         key, sample = self.owners[row]
-        return Finished(
-            key=key,
-            sample=sample,
+        made = self.made(row)
+        truncated = not bool(torch.isin(self.last[row], stops))
+        return Finished(key, sample, made.tokens, made.logprobs, made.versions, truncated)
+
+    def made(self, row: int) -> Begun:
+        """What the sample in a row has so far."""
+        made = int(self._made[row])
+        return Begun(
             tokens=self._tokens[row, :made].numpy().copy(),
             logprobs=self._logprobs[row, :made].numpy().copy(),
             versions=self._versions[row, :made].numpy().copy(),
-            truncated=not bool(torch.isin(self.last[row], stops)),
         )
 
     def cached(self, row: int) -> list[int]:
@@ -127,6 +135,12 @@ class Rows:
         self.count = remaining
         self._composition_changed()
         return moved, into
+
+    def _begin(self, row: int, begun: Begun) -> None:
+        made = len(begun.tokens)
+        self._tokens[row, :made] = torch.tensor(begun.tokens.tolist(), dtype=torch.int32)
+        self._logprobs[row, :made] = torch.tensor(begun.logprobs.tolist())
+        self._versions[row, :made] = torch.tensor(begun.versions.tolist(), dtype=torch.int32)
 
     def _composition_changed(self) -> None:
         used = slice(0, self.count)

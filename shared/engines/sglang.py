@@ -183,8 +183,10 @@ class SglangEngine(HostedEngine):
             self._counts.tokens += found["completion_tokens"] - counted
             counted = found["completion_tokens"]
         reason = found["finish_reason"]["type"]
-        if reason not in ("stop", "length"):
+        if reason not in ("stop", "length", "abort"):
             raise RuntimeError(f"expected a whole sample, got one that ended as {found['finish_reason']}")
+        if not tokens:  # aborted before it was computed
+            return Made([], [], [], stopped=False)
         self._prompt_tokens += found["prompt_tokens"]
         self._cached_tokens += found["cached_tokens"]
         logprobs = found["output_token_sampling_logprobs"] if cut else [it[0] for it in found["output_token_logprobs"]]
@@ -192,6 +194,9 @@ class SglangEngine(HostedEngine):
         for span in found["weight_versions"]:
             versions[span["start"] : span["end"]] = [int(span["version"])] * (span["end"] - span["start"])
         return Made(tokens, logprobs, versions, reason == "stop")
+
+    async def _abort(self, sample: Sample) -> None:
+        self._engine.tokenizer_manager.abort_request(sample.name)
 
     async def _pause(self) -> None:
         await self._pause_as("in_place")

@@ -2,7 +2,8 @@
 
 A fixed number of slots; each running sequence has one. A prompt is prefilled once for all of its samples that fit, its
 keys and values are copied to their slots, and from then on every `advance` decodes one token of all running sequences
-in one batch. A sequence that ends leaves at once and the next one in the queue takes its place. (transformers' own
+in one batch. A sequence that ends leaves at once and the next one in the queue takes its place. One that was begun
+elsewhere is prefilled alone, with the tokens that it has. (transformers' own
 continuous batching knows neither seeds per request nor weight versions, and packs a batch into one row, whose masked
 attention grows with the square of the batch on a CPU.)
 
@@ -16,12 +17,24 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from shared.config.schema import InFlight, Quantization
-from shared.engines.base import Engine, EngineError, EngineStats, Finished, Request, check_update, pixels_of, room_for
+from shared.engines.base import (
+    Begun,
+    Engine,
+    EngineError,
+    EngineStats,
+    Finished,
+    Request,
+    check_update,
+    finished_as_begun,
+    pixels_of,
+    room_for,
+)
 from shared.engines.quantization import quantize_dequantize, quantized_weights
 from shared.engines.rows import Arrival, Rows
 from shared.engines.sampling import as_int64, stream_keys
@@ -38,7 +51,7 @@ PREFILL_TOKENS = 4096
 class _Asked:
     """A request in flight: the samples of it that have no slot yet, and how many are still to be returned.
 
-    `sight` is of its images, None without any.
+    `sight` is of its images, None without any. `begun` are the tokens that queued samples go on from.
     """
 
     request: Request
@@ -47,6 +60,19 @@ class _Asked:
     queued: deque[int]
     left: int
     sight: Sight | None
+    begun: dict[int, Begun]
+
+    def next_alike(self, most: int) -> list[int]:
+        """The next queued samples that one prefill serves: those of the prompt alone, or one that was begun."""
+        first = self.queued[0]
+        if first in self.begun:
+            return [first]
+        return list(takewhile(lambda sample: sample not in self.begun, list(self.queued)[:most]))
+
+    def tokens(self, sample: int) -> list[int]:
+        """What is prefilled for a queued sample."""
+        begun = self.begun.get(sample)
+        return [*self.request.prompt, *(begun.tokens.tolist() if begun is not None else ())]
 
 
 class TransformersEngine(Engine):
@@ -54,6 +80,8 @@ class TransformersEngine(Engine):
 
     A vision-language model wants what reads its `images`.
     """
+
+    resumes_draws = True
 
     def __init__(
         self,
@@ -78,6 +106,7 @@ class TransformersEngine(Engine):
         self._rows = Rows(slots)
         self._asked: dict[Hashable, _Asked] = {}  # in the order of their submission
         self._waiting: deque[_Asked] = deque()  # those with queued samples
+        self._whole: list[Finished] = []  # came finished
         self._columns = torch.arange(self.context)
         self._paused = False
         self._tokens = 0
@@ -92,23 +121,35 @@ class TransformersEngine(Engine):
         sight = self._vision.sight(pixels, len(request.prompt)) if self._vision is not None else None
         seeds = torch.full((request.samples,), as_int64(request.seed))
         streams = stream_keys(seeds, torch.arange(request.samples)).tolist()
-        asked = _Asked(request, limit, streams, deque(range(request.samples)), request.samples, sight)
+        whole = finished_as_begun(request, limit, self._stops.tolist())
+        queued = deque(sample for sample in range(request.samples) if sample not in whole)
+        begun = {sample: tokens for sample, tokens in enumerate(request.begun) if tokens is not None}
+        asked = _Asked(request, limit, streams, queued, request.samples, sight, begun)
         self._asked[request.key] = asked
-        self._waiting.append(asked)
+        self._whole += whole.values()
+        if queued:
+            self._waiting.append(asked)
 
     @torch.inference_mode()  # the cache was made in inference mode and may be written in it alone
-    def abort(self, key: Hashable) -> None:
-        if self._asked.pop(key, None) is None:
-            return
+    def abort(self, key: Hashable) -> dict[int, Begun]:
+        asked = self._asked.pop(key, None)
+        if asked is None:
+            return {}
         self._waiting = deque(asked for asked in self._waiting if asked.request.key != key)
-        self._release([row for row, (owner, _) in enumerate(self._rows.owners) if owner == key])
+        rows = {row: sample for row, (owner, sample) in enumerate(self._rows.owners) if owner == key}
+        queued = [*asked.queued, *(finished.sample for finished in self._whole if finished.key == key)]
+        self._whole = [finished for finished in self._whole if finished.key != key]
+        begun = {sample: asked.begun[sample] for sample in queued if sample in asked.begun}
+        begun |= {sample: self._rows.made(row) for row, sample in rows.items()}
+        self._release(list(rows))
+        return begun
 
     @torch.inference_mode()
     def advance(self) -> list[Finished]:
-        if self._paused or not (self._waiting or self._rows.count):
+        if self._paused or not (self._waiting or self._rows.count or self._whole):
             return []
         started = time.perf_counter()
-        finished = self._admit()
+        finished = self._take_whole() + self._admit()
         if self._rows.count:
             finished += self._decode()
         self._busy += time.perf_counter() - started
@@ -135,12 +176,13 @@ class TransformersEngine(Engine):
         self._paused = False
 
     def stats(self) -> EngineStats:
-        queued = sum(len(asked.queued) for asked in self._waiting)
+        queued = sum(len(asked.queued) for asked in self._waiting) + len(self._whole)
         used = self._rows.count / self._slots
         return EngineStats(self._rows.count, queued, self._tokens, self._busy, kv_use=used)
 
     def close(self) -> None:
         self._waiting.clear()
+        self._whole.clear()
         self._asked.clear()
         self._cache = SlotCache(0, self.context)
         self._rows = Rows(0)
@@ -172,10 +214,12 @@ class TransformersEngine(Engine):
         longest = 0
         while self._waiting and free:
             asked = self._waiting[0]
-            longest = max(longest, len(asked.request.prompt))
+            samples = asked.next_alike(free)
+            longest = max(longest, len(asked.tokens(samples[0])))
             if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
                 break
-            samples = [asked.queued.popleft() for _ in range(min(free, len(asked.queued)))]
+            for _ in samples:
+                asked.queued.popleft()
             chosen.append((asked, samples))
             free -= len(samples)
             if not asked.queued:
@@ -184,7 +228,7 @@ class TransformersEngine(Engine):
 
     def _prefill(self, prompts: list[tuple[_Asked, list[int]]]) -> list[Finished]:
         """Run the prompts once each, copy them into the rows of their samples, draw the first tokens."""
-        cache, logits = self._forward([(asked, asked.request.prompt) for asked, _ in prompts])
+        cache, logits = self._forward([(asked, asked.tokens(samples[0])) for asked, samples in prompts])
         rows = self._rows.add([_arrival(asked, sample) for asked, samples in prompts for sample in samples])
         sources = torch.repeat_interleave(torch.tensor([len(samples) for _, samples in prompts]))
         self._cache.place(cache, sources, rows)
@@ -232,6 +276,7 @@ class TransformersEngine(Engine):
             self._asked[key].queued.append(sample)
         for asked in self._asked.values():
             asked.queued = deque(sorted(asked.queued))
+            asked.begun.clear()
         self._waiting = deque(asked for asked in self._asked.values() if asked.queued)
         self._release(list(range(self._rows.count)))
 
@@ -257,13 +302,21 @@ class TransformersEngine(Engine):
     def _take(self, rows: torch.Tensor, logits: torch.Tensor) -> list[Finished]:
         ended = self._rows.take(rows, logits, self._stops, self.version)
         self._tokens += rows.shape[0]
-        finished = [self._rows.finished(row, self._stops) for row in ended]
+        finished = self._given_out([self._rows.finished(row, self._stops) for row in ended])
+        self._release(ended)
+        return finished
+
+    def _take_whole(self) -> list[Finished]:
+        """The samples that came finished."""
+        whole, self._whole = self._whole, []
+        return self._given_out(whole)
+
+    def _given_out(self, finished: list[Finished]) -> list[Finished]:
         for sample in finished:
             asked = self._asked[sample.key]
             asked.left -= 1
             if asked.left == 0:
                 del self._asked[sample.key]
-        self._release(ended)
         return finished
 
     def _release(self, rows: list[int]) -> None:
@@ -286,6 +339,7 @@ def _arrival(asked: _Asked, sample: int) -> Arrival:
         temperature=sampling.temperature,
         top_k=0 if greedy else sampling.top_k,
         top_p=1.0 if greedy else sampling.top_p,
+        begun=asked.begun.get(sample),
     )
 
 

@@ -219,12 +219,17 @@ class VllmEngine(HostedEngine):
         output = None
         async for last in self._engine.generate(_input(sample), parameters, sample.name):
             output = last.outputs[0]
-        if output is None or output.finish_reason not in ("stop", "length"):
+        if output is None or output.finish_reason not in ("stop", "length", "abort"):
             raise RuntimeError(f"expected a whole sample, got one that ended as {output and output.finish_reason!r}")
+        if not output.token_ids:  # aborted before it was computed
+            return Made([], [], [], stopped=False)
         versions = [0] * len(output.token_ids)
         for span in output.weight_versions:
             versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
         return Made(output.token_ids, output.logprobs.logprobs, versions, output.finish_reason == "stop")
+
+    async def _abort(self, sample: Sample) -> None:
+        await self._engine.abort(sample.name)
 
     async def _pause(self) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=False)

@@ -1,7 +1,8 @@
 """Prompt groups in flight: from a granted lease to n finished samples.
 
 Owned by the loop of an `EngineService`; stands between the leases that the controller grants and the engine that
-answers prompts. Invariant: a known attempt is one group here, which leaves exactly once - finished, or revoked.
+answers prompts. Invariant: a known attempt is one group here, which leaves exactly once - finished, revoked, or
+interrupted with the tokens that it has.
 
 In a deterministic run the grants of one `Lease` message are one unit: submitted together, in order, once the unit
 before has left the engine, so that the engine's batches are composed alike in every run.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shared.data.chat import PromptTooLong, encode_prompt
 from shared.data.dataset import DataError, Dataset
-from shared.engines.base import Engine, Finished, Request
+from shared.engines.base import Begun, Engine, Finished, Request
 from shared.messages import Grant, LeaseRef
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ class GrantRejected(Exception):
 class Group:
     """A granted prompt group: its encoded prompt, and its samples as they finish, by sample index.
 
-    `question` and `answer` are the row's, for a person who reads the samples.
+    `begun` is what others have sampled of it (empty, or an entry a sample); `question` and `answer` are the row's,
+    for a person who reads the samples.
     """
 
     grant: Grant
     prompt: list[int]
     started: float
     samples: list[Finished | None]
+    begun: Sequence[Begun | None] = ()
     seconds: float = 0.0
     question: str = ""
     answer: str = ""
@@ -57,6 +60,16 @@ class Group:
     def finished(self) -> list[Finished]:
         """All samples, in order; only for a group that has left the engine."""
         return [sample for sample in self.samples if sample is not None]
+
+    def so_far(self) -> list[Begun | None]:
+        """What has come out of the engine, as tokens that another one can go on from."""
+        return [Begun(s.tokens, s.logprobs, s.versions) if s is not None else None for s in self.samples]
+
+    def newest(self) -> int:
+        """The newest version that sampled a token under this lease; the lease's own if none was needed any more."""
+        counts = [len(begun.tokens) if begun is not None else 0 for begun in self.begun] or [0] * len(self.samples)
+        added = [s.versions[count:] for s, count in zip(self.finished(), counts, strict=True)]
+        return max((int(versions.max()) for versions in added if len(versions)), default=self.grant.version)
 
 
 class Generation:
@@ -86,8 +99,8 @@ class Generation:
         """The groups in hand, oldest first."""
         return list(self._groups.values())
 
-    def prepare(self, grant: Grant) -> Group:
-        """Open the grant's row and encode its prompt. Raises `GrantRejected`."""
+    def prepare(self, grant: Grant, begun: Sequence[Begun | None] = ()) -> Group:
+        """Open the grant's row and encode its prompt; its samples go on from `begun`. Raises `GrantRejected`."""
         dataset = self._datasets.get(grant.dataset)
         if dataset is None or dataset.identity.fingerprint != grant.fingerprint:
             seen = "none of that name" if dataset is None else f"fingerprint {dataset.identity.fingerprint}"
@@ -106,7 +119,8 @@ class Generation:
         except Exception as error:  # rows come from foreign generators and files
             raise GrantRejected("row_invalid", f"{type(error).__name__}: {error}") from error
         samples: list[Finished | None] = [None] * grant.samples
-        return Group(grant, prompt, time.monotonic(), samples, question=row.messages[-1]["content"], answer=row.answer)
+        asked = row.messages[-1]["content"]
+        return Group(grant, prompt, time.monotonic(), samples, begun, question=asked, answer=row.answer)
 
     def start(self, groups: Sequence[Group]) -> None:
         """Take the prepared groups of one `Lease` message."""
@@ -137,6 +151,13 @@ class Generation:
                 self._forget(ref)
         self._submit()
 
+    def interrupt(self, group: Group) -> list[Begun | None]:
+        """Drop a group in hand; what each of its samples has so far."""
+        so_far = dict(enumerate(group.begun)) | self.engine.abort((group.ref.group, group.ref.attempt))
+        self._forget(group.ref)
+        self._submit()
+        return [mine or so_far.get(index) for index, mine in enumerate(group.so_far())]
+
     def _forget(self, ref: LeaseRef) -> None:
         del self._groups[ref]
         self._inside.discard(ref)
@@ -149,5 +170,6 @@ class Generation:
                     continue
                 grant = group.grant
                 key = (grant.group, grant.attempt)
-                self.engine.submit(Request(key, group.prompt, grant.samples, grant.sampling, grant.seed))
+                request = Request(key, group.prompt, grant.samples, grant.sampling, grant.seed, group.begun)
+                self.engine.submit(request)
                 self._inside.add(group.ref)

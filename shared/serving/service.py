@@ -7,6 +7,9 @@
 Each turn of the loop takes what the bus brought, swaps in weights that have arrived, advances the engine by one decode
 step, and reports what was judged; with nothing to do it sleeps in `receive`. Invariant: every grant that was taken is
 answered once - by a report, or by a return with its cause - unless the controller took it back itself.
+
+Whoever leaves hands over what it samples at once, with the tokens so far: another replica goes on from them. Only what
+cannot be handed over, and what is being judged, gets time to be finished (DRAIN_SHARE).
 """
 
 from __future__ import annotations
@@ -14,17 +17,18 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shared.arrays import Frame
+from shared.arrays import ArrayError, Frame
 from shared.bus import BusClient, BusError, Delivery, Fenced
 from shared.config import Recipe
 from shared.data.dataset import DataError, Dataset
 from shared.data.unusable import UnusableRows
-from shared.engines.base import Engine, EngineDied, EngineError
+from shared.engines.base import Begun, Engine, EngineDied, EngineError
 from shared.engines.load import load_engine
 from shared.mesh.membership import MeshMembership
 from shared.messages import (
@@ -39,6 +43,7 @@ from shared.messages import (
     Leaving,
     LoadState,
     MeshMember,
+    Partial,
     Position,
     ReceiveWeights,
     Refused,
@@ -57,6 +62,7 @@ from shared.rewards.score import Score
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART
 from shared.serving.generation import Cause, Generation, GrantRejected, Group
 from shared.serving.judge import Judge, JudgedGroup
+from shared.serving.partial import pack_partial, unpack_partial
 from shared.serving.samples import SampleLog, completion_text
 from shared.serving.weights_receiver import Arrived, WeightsReceiver
 from shared.telemetry import get_logger
@@ -72,7 +78,7 @@ IDLE_S = 0.25
 BUSY_S = 0.005
 """Wait for verdicts, or for weights, before looking at the bus again, when the engine has nothing to do."""
 DRAIN_SHARE = 0.5
-"""Of timeouts.exit_s: how long what is in hand may take before it is handed back; the rest is for the goodbye."""
+"""Of timeouts.exit_s: how long what is not handed over at once may take before it is; the rest is for the goodbye."""
 REMEMBERED = 4096
 """Answered attempts that are remembered, so that a repeated lease on one is ignored."""
 
@@ -131,7 +137,6 @@ class EngineService:
             Registered: self._registered,
             Refused: self._refused,
             LoadState: self._load_state,
-            Lease: self._lease,
             RevokeLease: self._revoke_lease,
             FormMesh: self._meshes.form,
             RevokeMesh: self._meshes.revoke,
@@ -172,7 +177,7 @@ class EngineService:
         return EXIT_FATAL
 
     def stop(self) -> None:
-        """Drain and leave; asked a second time, hand everything back after this turn. Safe in a signal handler."""
+        """Drain and leave; asked a second time, hand everything over after this turn. Safe in a signal handler."""
         self._stops += 1
 
     def turn(self) -> None:
@@ -197,7 +202,9 @@ class EngineService:
         delivery: Delivery | None = self._client.receive(wait_s)
         while delivery is not None and self._code is None:
             handler = self._handlers.get(type(delivery.message))
-            if handler is None:
+            if isinstance(delivery.message, Lease):
+                self._lease(delivery.message, delivery.frames)
+            elif handler is None:
                 name = type(delivery.message).__name__
                 self._log.warning("a message that this role does not handle was ignored", message=name)
             else:
@@ -219,10 +226,12 @@ class EngineService:
         self._begin_to_drain(message.cause)
 
     def _begin_to_drain(self, cause: str) -> None:
-        """Take nothing new; what is in hand has some time to be finished."""
+        """Take nothing new, hand over what is being sampled; what is left has some time to be finished."""
         if self._drain_until is None:
             self._log.info("draining", why=cause, groups=len(self._held()))
             self._drain_until = time.monotonic() + DRAIN_SHARE * self._recipe.timeouts.exit_s
+            groups = self._generation.groups if self._generation is not None else []
+            self._hand_over([group for group in groups if self._may_go_on_elsewhere(group.grant)])
 
     def _shutdown(self, message: Shutdown) -> None:
         self._log.info("the run is over", why=message.cause)
@@ -236,8 +245,7 @@ class EngineService:
         drained = self._drain_until is not None and (not self._held() or time.monotonic() >= self._drain_until)
         if self._code is None and (self._stops > 1 or drained):
             held = self._held()
-            for group in held:
-                self._return(group.grant, "handed_back", "this replica leaves")
+            self._hand_over(held)
             self._log.info("leaving", handed_back=len(held))
             self._code = EXIT_DONE
 
@@ -310,16 +318,18 @@ class EngineService:
 
     # --- leases -----------------------------------------------------------------------------------------------------
 
-    def _lease(self, message: Lease) -> None:
+    def _lease(self, message: Lease, frames: Sequence[Frame]) -> None:
         groups: list[Group] = []
         known = {group.ref for group in self._held()} | self._answered.keys()
+        rest = iter(frames)
         for grant in message.grants:
+            partial = list(islice(rest, len(grant.partial.arrays))) if grant.partial is not None else []
             ref = LeaseRef(grant.group, grant.attempt)
             if ref in known:
                 continue
             self._client.take_lease(ref)
             try:
-                groups.append(self._taken(grant))
+                groups.append(self._taken(grant, partial))
                 self._unusable.used(grant.purpose)
             except GrantRejected as rejected:
                 self._return(grant, rejected.cause, str(rejected))
@@ -328,8 +338,8 @@ class EngineService:
         if groups and self._generation is not None:
             self._generation.start(groups)
 
-    def _taken(self, grant: Grant) -> Group:
-        """The grant as a group ready to be generated. Raises `GrantRejected`."""
+    def _taken(self, grant: Grant, frames: Sequence[Frame]) -> Group:
+        """The grant as a group ready to be generated; `frames` are those of its partial. Raises `GrantRejected`."""
         position: Position | None = self._weights.position if self._weights is not None else None
         if self._generation is None or position is None:
             raise GrantRejected("handed_back", "this replica has no weights yet")
@@ -338,7 +348,13 @@ class EngineService:
         if grant.lineage != position.lineage or grant.version > position.version:
             wanted = f"lineage {grant.lineage}, version {grant.version} or newer"
             raise GrantRejected("handed_back", f"expected to hold {wanted}, but this replica holds {position}")
-        return self._generation.prepare(grant)
+        begun: list[Begun | None] = []
+        if grant.partial is not None:
+            try:
+                begun = unpack_partial(grant.partial, frames)
+            except ArrayError as error:
+                raise GrantRejected("handed_back", str(error)) from error
+        return self._generation.prepare(grant, begun)
 
     def _revoke_lease(self, message: RevokeLease) -> None:
         self._log.info("leases revoked", count=len(message.leases), why=message.cause)
@@ -368,11 +384,38 @@ class EngineService:
             return ""
         return self._datasets[grant.dataset].category(grant.row, suite.category)
 
-    def _return(self, grant: Grant, cause: Cause, detail: str) -> None:
+    def _may_go_on_elsewhere(self, grant: Grant) -> bool:
+        """Whether another replica may go on from the tokens of a group.
+
+        Not a judge's: a verdict is on one version. Not in a deterministic run, nor where an update has samples begin
+        again: there, each is of one version.
+        """
+        recipe = self._recipe
+        mixes = not recipe.run.deterministic and recipe.rollout.in_flight != "abort"
+        return mixes and grant.purpose == "train"
+
+    def _hand_over(self, groups: Sequence[Group]) -> None:
+        """Return groups in hand, with the tokens so far where another replica may go on from them."""
+        so_far = {group.ref: group.so_far() for group in groups}
+        if self._generation is not None:
+            inside = {group.ref for group in self._generation.groups}
+            for group in reversed(groups):  # so that none of them takes a slot that another one has left
+                if group.ref in inside:
+                    so_far[group.ref] = self._generation.interrupt(group)
+        for group in groups:
+            packed = None
+            if self._may_go_on_elsewhere(group.grant):
+                packed = pack_partial(so_far[group.ref], group.begun)
+            partial, frames = packed if packed is not None else (None, [])
+            self._return(group.grant, "handed_back", "this replica leaves", partial, frames)
+
+    def _return(
+        self, grant: Grant, cause: Cause, detail: str, partial: Partial | None = None, frames: Sequence[Frame] = ()
+    ) -> None:
         ref = LeaseRef(grant.group, grant.attempt)
         if cause != "handed_back":
             self._log.warning("a group was given up", group=grant.group, cause=cause, why=detail)
-        self._client.send(LeaseReturned(grant.group, grant.attempt, grant.lineage, cause, detail))
+        self._client.send(LeaseReturned(grant.group, grant.attempt, grant.lineage, cause, detail, partial), frames)
         self._forget([ref])
         self._remember(ref)
 

@@ -16,11 +16,21 @@ from services.controller.audit import Auditor
 from services.controller.core.core import Core
 from services.controller.core.events import AnyEvent, MessageReceived, ReplicaLost, ReplicaRegistered, TermBegan
 from services.controller.core.ledger import SAMPLED
-from services.controller.core.outcome import AnyFact, Assigned, Committed, Joined, Judged, Reported, Revised
+from services.controller.core.outcome import (
+    AnyFact,
+    Assigned,
+    Committed,
+    HandedOver,
+    Joined,
+    Judged,
+    PartialDropped,
+    Reported,
+    Revised,
+)
 from services.controller.journal import Journal
 from services.controller.spool import Spool
 from shared.messages import AnyMessage, CommitStep, Envelope, Grant, Position, Registered, Role, TrainStep
-from tests.simulation.payload import Sampled
+from tests.simulation.payload import Sampled, Stretch
 from tests.simulation.plan import Plan
 from tests.simulation.world import Violation, World
 
@@ -59,6 +69,8 @@ class Checks:
         self._taken: dict[bytes, set[bytes]] = {}
         self._answers: dict[tuple[int, int], tuple[int, dict[int, str]]] = {}
         self._last_report: dict[int, int] = {}
+        self._handed: dict[tuple[int, int], list[Stretch]] = {}
+        self._partials: dict[int, int] = {}
         self._bound = plan.recipe.train.max_staleness if plan.recipe.train is not None else 0
 
     def broken(self, text: str) -> None:
@@ -80,8 +92,9 @@ class Checks:
         self._joined = {key: number for key, number in self._joined.items() if number <= journal.number}
         self._durable = self.records = journal.number
         for group in core.state.ledger.groups.values():
-            if group.spooled is not None:
-                spool.read(group.spooled)
+            for place in (group.spooled, group.partial_at):
+                if place is not None:
+                    spool.read(place)
         self._check_books(core)
 
     def stepped(self, core: Core, number: int, event: AnyEvent, facts: list[AnyFact]) -> None:
@@ -107,6 +120,11 @@ class Checks:
                 self._bound = max(self._bound, int(fact.changes.get("train.max_staleness", 0)))
             elif isinstance(fact, Reported):
                 self._last_report[fact.group] = fact.attempt
+                self._partials.pop(fact.group, None)
+            elif isinstance(fact, HandedOver):
+                self._partials[fact.group] = fact.attempt
+            elif isinstance(fact, PartialDropped):
+                del self._partials[fact.group]
             elif isinstance(fact, Judged):
                 self._check_judged(fact)
         self._check_audit()
@@ -185,6 +203,17 @@ class Checks:
         """A held-out row was answered with these weights."""
         self._answers[grant.group, grant.attempt] = (grant.lineage, dict(chains))
 
+    def handed_over(self, handed: Sampled) -> None:
+        """A rollout leaves a group with these tokens."""
+        self._handed[handed.group, handed.attempt] = handed.stretches
+
+    def continued(self, name: str, grant: Grant, handed: Sampled) -> None:
+        """A rollout is to go on from these tokens: they must be of this group, and what was handed over last."""
+        assert grant.partial is not None
+        known = self._handed.get((grant.group, handed.attempt))
+        if handed.group != grant.group or handed.stretches != known or grant.partial.oldest != handed.oldest:
+            self.broken(f"{name} is to go on with {grant} from {handed}, handed over was {known}")
+
     def assigned(self, name: str, step: TrainStep, sampled: list[Sampled]) -> None:
         """A policy was given a step: the payload must be of its groups, no staler than the bound, of true weights."""
         if [(s.group, s.attempt) for s in sampled] != [(g.group, g.attempt) for g in step.groups]:
@@ -192,13 +221,17 @@ class Checks:
         if step.stage != "train" or self.plan.recipe.train is None:
             return
         for each in sampled:
-            staleness = step.position.version - min(each.chains)
+            staleness = step.position.version - each.oldest
             if staleness > self._bound:
                 self.broken(f"{name}: group {each.group} is {staleness} versions stale in step {step.step}")
-            for version, chain in each.chains.items():
-                true = [self._by_version.get((ln, version)) for ln in range(1, step.position.lineage + 1)]
-                if chain not in true:
-                    self.broken(f"group {each.group} was sampled with {chain} as version {version}, true are {true}")
+            for count, stretch in enumerate(each.stretches, 1):
+                true = [self._by_version.get((ln, stretch.version)) for ln in range(1, step.position.lineage + 1)]
+                if stretch.chain not in true:
+                    self.broken(f"group {each.group} was sampled with {stretch}, true are {true}")
+                last = count == len(each.stretches) or each.stretches[count].attempt != stretch.attempt
+                handed = self._handed.get((each.group, stretch.attempt))
+                if stretch.attempt != each.attempt and last and each.stretches[:count] != handed:
+                    self.broken(f"group {each.group} is of {each.stretches}, but handed over was {handed}")
 
     def unwilling(self, name: str, cause: str) -> None:
         """A policy was given an order that it could not obey."""
@@ -279,6 +312,11 @@ class Checks:
         for group in state.ledger.having("leased"):
             if not fleet.is_current(group.replica, group.incarnation):
                 self.broken(f"group {group.id} is leased to {group.replica}#{group.incarnation}, which is gone")
+            if group.purpose == "train":
+                begun = self._handed[group.id, self._partials[group.id]] if group.id in self._partials else []
+                oldest = min([group.version, *(stretch.version for stretch in begun)])
+                if state.version - oldest > self._bound:
+                    self.broken(f"version {state.version} is committed while {group} runs, begun with {begun}")
         for replica in fleet.live():
             if replica.state in ("joining", "loading") and replica.confirmed and replica.deadline is None:
                 self.broken(f"{replica.name} is {replica.state} without a deadline")
@@ -444,6 +482,10 @@ class Checks:
                 mine[group.sampled_at] = mine.get(group.sampled_at, 0) + 1
             if group.state == "leased":
                 loads[group.replica] = loads.get(group.replica, 0) + group.samples
+        places = [place for group in ledger.groups.values() for place in (group.spooled, group.partial_at)]
+        needed = min((place.segment for place in places if place is not None), default=ledger.segment)
+        if ledger.first_segment() > needed:
+            self.broken(f"segments below {ledger.first_segment()} may go, but a group needs segment {needed}")
         found = {key: sorted(shelf) for key, shelf in ledger.shelves.items() if shelf}
         if found != {key: sorted(shelf) for key, shelf in shelves.items()}:
             self.broken(f"the ledger's shelves are {found}, its groups {shelves}")

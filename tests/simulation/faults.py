@@ -68,6 +68,7 @@ def draw_faults(seed: int, plan: Plan) -> list[Fault]:
     if "policy-1" in plan.replicas:
         faults += _draw_policy_faults(seed, plan, lasts) if count else []
     faults += _draw_steering(seed, plan, lasts)
+    faults += _draw_departures(seed, plan, lasts)
     return sorted(faults, key=lambda fault: fault.at)
 
 
@@ -102,6 +103,16 @@ def _draw_steering(seed: int, plan: Plan, lasts: float) -> list[Fault]:
         )
         for _ in range(draw.choice([1, 3, 6, 12]))
     ]
+
+
+def _draw_departures(seed: int, plan: Plan, lasts: float) -> list[Fault]:
+    """Rollouts that leave in good order in the middle of their samples; from a stream of its own."""
+    draw = random.Random(f"{seed}/departures")
+    rollouts = [name for name in plan.replicas if name.startswith("rollout")]
+    if plan.recipe.run.deterministic or len(rollouts) < 2 or draw.random() < 0.3:
+        return []
+    count = draw.choice([2, 6, 12, 24])
+    return [Fault("terminate", draw.uniform(0.0, lasts + 10.0), 0.0, draw.choice(rollouts)) for _ in range(count)]
 
 
 def strike(fleet: Fleet, fault: Fault) -> None:

@@ -273,6 +273,51 @@ MUTANTS = [
         44,
         ((f"{CORE}/rules/training.py", "    if not batch.plan:\n", "    elif not batch.plan:\n"),),
     ),
+    # bugs of partial rollout: groups that are handed over part-way
+    Mutant(
+        "a continued group's age is its new lease's",
+        287,
+        (
+            (
+                f"{CORE}/ledger.py",
+                "return self.version if self.partial is None else min(self.version, self.partial.oldest)",
+                "return self.version",
+            ),
+            (f"{CORE}/refusals.py", "    if oldest < group.sampled_at:\n", "    if oldest < 0:\n"),
+        ),
+    ),
+    Mutant(
+        "tokens are gone on from however old they are",
+        80,
+        (
+            (
+                f"{CORE}/rules/leasing.py",
+                "if group.partial is not None and not _comes_in_time(turn, group.partial.oldest, version):",
+                "if False:",
+            ),
+        ),
+    ),
+    Mutant(
+        "payloads of leases that leave together are mixed up",
+        128,
+        (
+            (
+                f"{CORE}/outcome.py",
+                "payload = [*before.payload, *effect.payload]",
+                "payload = [*effect.payload, *before.payload]",
+            ),
+        ),
+    ),
+    Mutant(
+        "what was handed over is freed",
+        0,
+        ((f"{CORE}/ledger.py", "for place in (g.spooled, g.partial_at) if", "for place in (g.spooled,) if"),),
+    ),
+    Mutant(
+        "an acknowledged hand-over is forgotten",
+        4,
+        ((f"{CORE}/ledger.py", "group.partial, group.partial_at = partial, spooled\n", "pass\n"),),
+    ),
     # bugs that only a run with evaluators of its own can have
     Mutant(
         "an evaluator gets new weights in mid-round",

@@ -16,13 +16,26 @@ from shared.messages import ArrayHeader, Grant, TrainStep
 INITIAL = "initial"
 
 
+class Stretch(msgspec.Struct, frozen=True):
+    """Tokens that one attempt at a group sampled with the weights `chain`, of `version`."""
+
+    attempt: int
+    version: int
+    chain: str
+
+
 class Sampled(msgspec.Struct, frozen=True):
-    """The payload of one group. `chains` are the weights that sampled it, by version."""
+    """The payload of one group, or of what was handed over of it: the weights that sampled it, stretch by stretch."""
 
     group: int
     attempt: int
-    chains: dict[int, str]
+    stretches: list[Stretch]
     content: str
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version of its tokens."""
+        return min(stretch.version for stretch in self.stretches)
 
 
 def digest(*parts: object) -> str:
@@ -30,10 +43,11 @@ def digest(*parts: object) -> str:
     return blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
-def sample(grant: Grant, chains: dict[int, str], composition: tuple[tuple[int, int], ...]) -> Sampled:
+def sample(grant: Grant, stretches: list[Stretch], composition: tuple[tuple[int, int], ...]) -> Sampled:
     """What these weights answer to this row; `composition` is what was decoded beside it, where that matters."""
-    content = digest(list(chains.values()), grant.dataset, grant.row, grant.seed, grant.sampling, composition)
-    return Sampled(grant.group, grant.attempt, chains, content)
+    chains = [stretch.chain for stretch in stretches]
+    content = digest(chains, grant.dataset, grant.row, grant.seed, grant.sampling, composition)
+    return Sampled(grant.group, grant.attempt, stretches, content)
 
 
 def encode(sampled: Sampled) -> tuple[list[ArrayHeader], list[bytes]]:

@@ -184,7 +184,7 @@ class Policy:
     def _answer_leases(self, message: Lease) -> None:
         for grant in message.grants:
             self.process.standing.take_lease(LeaseRef(grant.group, grant.attempt))
-            sampled = payload.Sampled(grant.group, grant.attempt, {}, payload.digest(grant.dataset, grant.row))
+            sampled = payload.Sampled(grant.group, grant.attempt, [], payload.digest(grant.dataset, grant.row))
             headers, frames = payload.encode(sampled)
             report = GroupReport(
                 group=grant.group,

@@ -1,12 +1,14 @@
 """A model of the rollout service: takes weights over meshes, passes them on, samples leased groups with them, reports.
 
 Sampling goes on while weights are swapped, so a group may be of several versions. Weights are chains (see payload.py).
-An evaluator is a rollout that is leased nothing but rows to judge.
+Whoever leaves hands over what it has sampled, and whoever is leased such a group goes on from there. An evaluator is a
+rollout that is leased nothing but rows to judge.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from shared.messages import (
@@ -19,6 +21,7 @@ from shared.messages import (
     LeaseReturned,
     Leaving,
     LoadState,
+    Partial,
     Position,
     ReceiveWeights,
     Registered,
@@ -33,16 +36,25 @@ from shared.messages import (
 )
 from tests.simulation import payload
 from tests.simulation.membership import Membership
+from tests.simulation.payload import Stretch
 from tests.simulation.process import EXIT_DONE, Rank
 
+Frames = Sequence[bytes | memoryview]
 Key = tuple[int, int]
 Cause = Literal["handed_back", "row_invalid", "prompt_too_long", "reward_failed"]
 
 
 class _Group:
-    def __init__(self, grant: Grant, composition: tuple[Key, ...]) -> None:
-        self.grant, self.composition = grant, composition
+    """A group in hand: `begun` are the tokens that it came with, `chains` the weights that sample it here."""
+
+    def __init__(self, grant: Grant, composition: tuple[Key, ...], begun: list[Stretch]) -> None:
+        self.grant, self.composition, self.begun = grant, composition, begun
         self.chains: dict[int, str] = {}
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """What has been sampled of it so far."""
+        return [*self.begun, *(Stretch(self.grant.attempt, version, chain) for version, chain in self.chains.items())]
 
 
 class Rollout:
@@ -75,12 +87,12 @@ class Rollout:
         return self.fleet.plan.speed.get(self.process.replica, 1.0)
 
     def drain(self, cause: str) -> None:
-        """Hand back what is in hand and leave."""
+        """Hand over what is in hand and leave."""
         if self._leaving:
             return
         self._leaving = True
         for group in list(self._groups.values()):
-            self._return(group.grant, "handed_back", cause)
+            self._hand_over(group, cause)
         self.process.leave(EXIT_DONE, cause)
 
     def terminate(self) -> None:
@@ -91,7 +103,7 @@ class Rollout:
     def _take(self) -> None:
         process = self.process
         while process.inbox and process.alive:
-            message, _ = process.inbox.popleft()
+            message, frames = process.inbox.popleft()
             match message:
                 case Registered(leases=leases):
                     standing = {(ref.group, ref.attempt): None for ref in leases}
@@ -100,7 +112,7 @@ class Rollout:
                     seconds = 0.0 if self.loaded else 0.8 * self._speed * (0.5 + self._chance.random())
                     process.later(seconds, lambda message=message: self._load(message))  # type: ignore[misc]
                 case Lease():
-                    self._lease(message)
+                    self._lease(message, frames)
                 case RevokeLease(leases=leases):
                     self._forget([(ref.group, ref.attempt) for ref in leases])
                 case FormMesh():
@@ -192,7 +204,8 @@ class Rollout:
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
-    def _lease(self, message: Lease) -> None:
+    def _lease(self, message: Lease, frames: Frames) -> None:
+        begun = self._begun(message, iter(frames))
         fresh = [g for g in message.grants if (g.group, g.attempt) not in self._groups | self._answered]
         composition = tuple((g.row, g.seed) for g in fresh) if self._deterministic else ()
         taken: list[Key] = []
@@ -205,11 +218,34 @@ class Rollout:
             elif self._chance.random() < 0.01 * self.fleet.mischief and not self._deterministic:
                 self._return(grant, "reward_failed", "a reward worker died")
             else:
-                self._groups[key] = _Group(grant, composition)
+                self._groups[key] = _Group(grant, composition, begun.get(key, []))
                 taken.append(key)
         if taken:
             self._waiting.append(taken)
         self._submit()
+
+    def _begun(self, message: Lease, frames: Iterator[bytes | memoryview]) -> dict[Key, list[Stretch]]:
+        """What others have sampled of these groups: the frames lie in the order of the grants."""
+        begun: dict[Key, list[Stretch]] = {}
+        for grant in message.grants:
+            if grant.partial is not None:
+                (frame,) = (next(frames) for _ in grant.partial.arrays)
+                handed = payload.decode(frame)
+                self.fleet.checks.continued(self.process.name, grant, handed)
+                begun[grant.group, grant.attempt] = handed.stretches
+        return begun
+
+    def _hand_over(self, group: _Group, cause: str) -> None:
+        """Return a group with its tokens so far, if it has any of its own that are not judged."""
+        grant = group.grant
+        if self._deterministic or grant.purpose != "train" or not group.chains:
+            self._return(grant, "handed_back", cause)
+            return
+        handed = payload.Sampled(grant.group, grant.attempt, group.stretches, "")
+        headers, frames = payload.encode(handed)
+        lengths = [min(len(group.stretches), 3)] * grant.samples
+        self.fleet.checks.handed_over(handed)
+        self._return(grant, "handed_back", cause, Partial(lengths, handed.oldest, max(group.chains), headers), frames)
 
     def _submit(self) -> None:
         """Sequences enter free slots in order; in a deterministic run one `Lease` message's groups at a time."""
@@ -230,7 +266,7 @@ class Rollout:
         self._inside[key] = None
         group = self._groups[key]
         group.chains = {self.weights.position.version: self.chain}
-        seconds = (0.2 + 1.2 * self._chance.random()) * self._speed
+        seconds = (0.2 + 1.2 * self._chance.random()) * self._speed * (0.5 if group.begun else 1.0)
         if self._chance.random() < 0.05 * self.fleet.mischief:
             seconds *= 8.0  # a straggler
         self.process.later(seconds, lambda: self._finish(key, group))
@@ -239,7 +275,7 @@ class Rollout:
         if self._groups.get(key) is not group:
             return
         grant = group.grant
-        sampled = payload.sample(grant, group.chains, group.composition)
+        sampled = payload.sample(grant, group.stretches, group.composition)
         headers, frames = payload.encode(sampled) if grant.purpose != "eval" else ([], [])
         report = GroupReport(
             group=grant.group,
@@ -250,7 +286,7 @@ class Rollout:
             prompt_length=3,
             lengths=[4] * grant.samples,
             truncated=[False] * grant.samples,
-            oldest=min(group.chains),
+            oldest=sampled.oldest,
             newest=max(group.chains),
             seconds=0.5,
             arrays=headers,
@@ -262,9 +298,11 @@ class Rollout:
         self._forget([key])
         self._answered[key] = None
 
-    def _return(self, grant: Grant, cause: Cause, detail: str) -> None:
+    def _return(
+        self, grant: Grant, cause: Cause, detail: str, partial: Partial | None = None, frames: Frames = ()
+    ) -> None:
         key = (grant.group, grant.attempt)
-        self.process.send(LeaseReturned(*key, grant.lineage, cause, detail))
+        self.process.send(LeaseReturned(*key, grant.lineage, cause, detail, partial), frames)
         self._forget([key])
         self.process.standing.drop_lease(LeaseRef(*key))
         self._answered[key] = None

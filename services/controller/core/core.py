@@ -279,7 +279,9 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
         case LeaseReturned():
             replica.answered = state.now
             group = turn.group(message.group)
-            if message.cause == "handed_back":
+            if message.partial is not None and spooled is not None:
+                leasing.hand_over(turn, group, message.partial, spooled, _checked_version(turn, group))
+            elif message.cause == "handed_back":
                 leasing.give_back(turn, group, "handed_back")
             else:
                 leasing.end_group(turn, group, message.cause)

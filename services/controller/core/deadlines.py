@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from services.controller.core.ledger import PURPOSES, Group
 from services.controller.core.rules.joining import join_ran_out, mesh_failed
-from services.controller.core.rules.leasing import give_back
+from services.controller.core.rules.leasing import drop_partial, give_back
 from services.controller.core.rules.losing import lose
 from services.controller.core.rules.saving import checkpoint_failed
 from services.controller.core.rules.syncing import revoke_mesh
@@ -107,6 +107,8 @@ def _expire_lease(turn: Turn, group: Group) -> None:
         lose(turn, replica, "it has answered nothing since it was leased a group, for timeouts.lease_s")
     else:
         give_back(turn, group, f"lease of {group.replica} ran out (timeouts.lease_s)")
+        if group.state == "queued" and group.partial is not None:
+            drop_partial(turn, group, "lease ran out")
 
 
 def _expire_step(turn: Turn) -> None:

@@ -37,7 +37,7 @@ from shared.messages import (
     WeightsSent,
 )
 
-CORE_VERSION = 3
+CORE_VERSION = 4
 """Version of the core's rules: a journal record says which version took it; an upgrade starts from a snapshot."""
 
 ReplicaMessage = (
@@ -52,7 +52,7 @@ SteeringOrder = PauseRun | ResumeRun | CheckpointRun | EvaluateRun | DrainReplic
 
 
 class Spooled(msgspec.Struct, frozen=True):
-    """Where the payload frames of a report lie: `sizes` are the frames' lengths, `hash` is xxh3-64 of all bytes."""
+    """Where payload frames that a replica sent lie: `sizes` are their lengths, `hash` is xxh3-64 of all bytes."""
 
     segment: int
     offset: int

@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 
 from services.controller.core.events import Spooled
-from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Purpose, Sampling
+from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Partial, Purpose, Sampling
 
 GroupState = Literal["queued", "leased", "reported", "assigned", "consumed"]
 PURPOSES: tuple[Purpose, ...] = ("sft", "train", "eval")
@@ -36,7 +36,8 @@ class Group(msgspec.Struct):
 
     `told`: the lessee was sent this lease in its session. `kept`: it passed the equal-reward filter. `suite` and
     `category` are those of an evaluation group. `newest_allowed`: tokens of newer versions may be of weights that were
-    not compared.
+    not compared. `partial` (its payload at `partial_at`) is what a lessee handed over: the next lease goes on from it.
+    `handed_over` counts how often that was; `begun` are the tokens that the last lease went on from.
     """
 
     id: int
@@ -73,20 +74,29 @@ class Group(msgspec.Struct):
     suite: str = ""
     category: str = ""
     newest_allowed: int | None = None
+    partial: Partial | None = None
+    partial_at: Spooled | None = None
+    handed_over: int = 0
+    begun: int = 0
 
     @property
     def sampled_at(self) -> int:
-        """The oldest version that a live token of this group may have: the lease's until the report tells."""
-        return self.oldest if self.state in ("reported", "assigned", "consumed") else self.version
+        """The oldest version that a live token of this group may have: until the report tells, the lease's, or that of
+        the tokens which the lease goes on from."""
+        if self.state in ("reported", "assigned", "consumed"):
+            return self.oldest
+        return self.version if self.partial is None else min(self.version, self.partial.oldest)
 
 
 class Book(msgspec.Struct):
-    """What happened to the ids of one lineage."""
+    """What happened to the ids of one lineage, and how often one was handed over part-way, or that was of no use."""
 
     issued: int = 0
     consumed: int = 0
     settled: int = 0
     discarded: dict[str, int] = {}
+    handed_over: int = 0
+    partials_dropped: int = 0
 
 
 class Ledger(msgspec.Struct):
@@ -134,6 +144,11 @@ class Ledger(msgspec.Struct):
     def oldest(self, state: Literal["leased", "reported"], purpose: Purpose) -> int | None:
         """The oldest version that may have sampled a token of a group in this state; None without such groups."""
         return min(self.ages.get(f"{state} {purpose}", ()), default=None)
+
+    def sampled_by(self, version: int, purpose: Purpose) -> int:
+        """How many leased and reported groups may have tokens of this version or an older one."""
+        ages = [self.ages.get(f"{state} {purpose}", {}) for state in SAMPLED]
+        return sum(count for each in ages for age, count in each.items() if age <= version)
 
     def fresh(self) -> list[Group]:
         """Reported training groups that the filter has not seen, by id."""
@@ -197,6 +212,7 @@ class Ledger(msgspec.Struct):
         group.attempt += 1
         group.replica, group.incarnation, group.told = replica, incarnation, False
         group.version, group.leased_at, group.deadline, group.newest_allowed = version, at, until, None
+        group.begun = sum(group.partial.lengths) if group.partial is not None else 0
         self._move(group, "leased")
 
     def report(self, group: Group, report: GroupReport, spooled: Spooled | None) -> None:
@@ -215,17 +231,32 @@ class Ledger(msgspec.Struct):
         if spooled is not None:
             self.segment = spooled.segment
         self._move(group, "reported")
+        group.partial = group.partial_at = None  # its tokens are in the report
         if group.purpose == "train":
             self.unfiltered[group.id] = None
             self.rewards = [self.rewards[0] + sum(group.rewards), self.rewards[1] + len(group.rewards)]
 
     def requeue(self, group: Group) -> None:
-        """Back to the queue; what was sampled so far is dropped, the next lease is a new attempt."""
+        """Back to the queue; what this attempt has sampled is dropped, the next lease is a new one."""
         self._expect(group, "leased", "reported")
         self._move(group, "queued")
         group.replica, group.incarnation, group.deadline = "", 0, 0.0
         group.rewards, group.parts, group.lengths, group.arrays = [], {}, [], []
         group.spooled, group.kept = None, False
+
+    def hand_over(self, group: Group, lineage: int, partial: Partial, spooled: Spooled) -> None:
+        """What was sampled of a queued group: its next lease goes on from there."""
+        self._expect(group, "queued")
+        group.partial, group.partial_at = partial, spooled
+        group.handed_over += 1
+        self.segment = spooled.segment
+        self.book(lineage).handed_over += 1
+
+    def drop_partial(self, group: Group, lineage: int) -> None:
+        """The next lease of a queued group begins anew."""
+        self._expect(group, "queued")
+        group.partial = group.partial_at = None
+        self.book(lineage).partials_dropped += 1
 
     def keep(self, group: Group) -> None:
         """The group passed the filter."""
@@ -293,7 +324,8 @@ class Ledger(msgspec.Struct):
 
     def first_segment(self) -> int:
         """The lowest spool segment that a group still needs; if none is needed, the newest known: it may be in use."""
-        return min((g.spooled.segment for g in self.groups.values() if g.spooled is not None), default=self.segment)
+        places = (place for g in self.groups.values() for place in (g.spooled, g.partial_at) if place is not None)
+        return min((place.segment for place in places), default=self.segment)
 
     def _move(self, group: Group, state: GroupState) -> None:
         self._unshelve(group)

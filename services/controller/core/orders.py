@@ -58,9 +58,10 @@ def give_orders(turn: Turn) -> None:
         state.sent[name] = outstanding
         untold = [group for group in state.ledger.held_by(name) if not group.told]
         for purpose in PURPOSES:  # apart, so that a deterministic run's waves are composed alike whatever is judged
-            grants = [grant(turn, group) for group in untold if group.purpose == purpose]
-            if grants:
-                turn.send(replica, Lease(grants))
+            groups = [group for group in untold if group.purpose == purpose]
+            begun = [group.partial_at for group in groups if group.partial_at is not None]
+            if groups:
+                turn.send(replica, Lease([grant(turn, group) for group in groups]), begun)
         for group in untold:
             group.told = True
 

@@ -31,7 +31,7 @@ class Issued(Fact, frozen=True, tag="issued"):
 
 
 class Leased(Fact, frozen=True, tag="leased"):
-    """An attempt at a group was leased to a replica that holds weights of `version`."""
+    """An attempt at a group was leased to a replica that holds weights of `version`; it goes on from `begun` tokens."""
 
     group: int
     attempt: int
@@ -39,15 +39,46 @@ class Leased(Fact, frozen=True, tag="leased"):
     incarnation: int
     version: int
     revision: int
+    begun: int = 0
 
 
 class Reported(Fact, frozen=True, tag="reported"):
-    """A group's samples are spooled; its tokens were sampled by versions `oldest`..`newest`."""
+    """A group's samples are spooled: `oldest` is the oldest version of its tokens, `newest` that of the last lease."""
 
     group: int
     attempt: int
     oldest: int
     newest: int
+
+
+class HandedOver(Fact, frozen=True, tag="handed_over"):
+    """An attempt ended with `tokens` tokens, the oldest of version `oldest`; the next one goes on from them."""
+
+    lineage: int
+    group: int
+    attempt: int
+    tokens: int
+    oldest: int
+
+
+class PartialDropped(Fact, frozen=True, tag="partial_dropped"):
+    """Tokens of attempts up to `attempt` will not be gone on from, for `cause`: the next attempt begins anew."""
+
+    lineage: int
+    group: int
+    attempt: int
+    tokens: int
+    cause: str
+
+
+class PartialRefused(Fact, frozen=True, tag="partial_refused"):
+    """Tokens that an attempt wanted to hand over were not taken, for `cause`; those of earlier ones stay."""
+
+    lineage: int
+    group: int
+    attempt: int
+    tokens: int
+    cause: str
 
 
 class Requeued(Fact, frozen=True, tag="requeued"):
@@ -231,9 +262,9 @@ class Finished(Fact, frozen=True, tag="finished"):
 
 
 AnyFact = (
-    Issued | Leased | Reported | Requeued | Discarded | Assigned | Aborted | Committed | Consumed | Judged | Evaluated
-    | Settled | RolledBack | Joined | Draining | Gone | Synced | CaughtUp | Compared | Mustered | Revised | StageBegan
-    | Finished
+    Issued | Leased | Reported | HandedOver | PartialDropped | PartialRefused | Requeued | Discarded | Assigned
+    | Aborted | Committed | Consumed | Judged | Evaluated | Settled | RolledBack | Joined | Draining | Gone | Synced
+    | CaughtUp | Compared | Mustered | Revised | StageBegan | Finished
 )  # fmt: skip
 
 # --- effects ----------------------------------------------------------------------------------------------------------
@@ -306,17 +337,26 @@ class EndRun(msgspec.Struct, frozen=True):
 Effect = Send | Welcome | Part | MintMeshId | ForgetMesh | RecordMetrics | RecordEvaluation | FreeSpool | EndRun
 
 
+MOST_MERGED_BYTES = 8 << 20
+"""Payload of leases that become one message: tokens that others have begun may be many."""
+
+
 def merge_leases(effects: list[Effect]) -> list[Effect]:
-    """Leases to one replica that leave together become one message, unless another order to it lies between them."""
+    """Leases to one replica that leave together become one message, unless another order to it lies between them.
+
+    Their payloads stay in the order of their grants.
+    """
     merged: list[Effect] = []
     latest: dict[str, int] = {}
     for effect in effects:
         if isinstance(effect, Send) and isinstance(effect.message, Lease):
             before = merged[latest[effect.replica]] if effect.replica in latest else None
             if isinstance(before, Send) and isinstance(before.message, Lease):
-                grants = [*before.message.grants, *effect.message.grants]
-                merged[latest[effect.replica]] = Send(effect.replica, effect.rank, Lease(grants), [])
-                continue
+                payload = [*before.payload, *effect.payload]
+                if sum(sum(place.sizes) for place in payload) <= MOST_MERGED_BYTES:
+                    grants = [*before.message.grants, *effect.message.grants]
+                    merged[latest[effect.replica]] = Send(effect.replica, effect.rank, Lease(grants), payload)
+                    continue
             latest[effect.replica] = len(merged)
         elif isinstance(effect, Send | Welcome | Part):
             latest.pop(effect.replica, None)

@@ -13,6 +13,7 @@ import msgspec
 
 from services.controller.core.events import ReplicaMessage
 from services.controller.core.fleet import Replica
+from services.controller.core.ledger import Group
 from services.controller.core.state import State
 from shared.config import Recipe
 from shared.messages import (
@@ -25,6 +26,7 @@ from shared.messages import (
     Leaving,
     MeshFailed,
     MeshFormed,
+    Partial,
     Refused,
     Register,
     ReplicaFailed,
@@ -132,27 +134,52 @@ def _lease(state: State, replica: Replica, message: GroupReport | LeaseReturned)
         )
     if (group.replica, group.incarnation) != (replica.name, replica.incarnation):
         return Refused("attempt", f"a report of {group.replica}", f"one of {replica.name}", "report only own leases")
-    return (
-        _report(message, group.samples, group.purpose, group.version) if isinstance(message, GroupReport) else "fresh"
-    )
+    if isinstance(message, GroupReport):
+        return _report(message, group)
+    return _partial(message, message.partial, group) if message.partial is not None else "fresh"
 
 
-def _report(report: GroupReport, samples: int, purpose: str, version: int) -> Verdict:
+def _report(report: GroupReport, group: Group) -> Verdict:
     counts = {len(report.rewards), len(report.lengths), len(report.truncated), *(len(p) for p in report.parts.values())}
-    if counts != {samples}:
+    if counts != {group.samples}:
         return Refused(
-            "malformed", f"{samples} samples", f"lists of lengths {sorted(counts)}", "report every sample once"
+            "malformed", f"{group.samples} samples", f"lists of lengths {sorted(counts)}", "report every sample once"
         )
     if not all(math.isfinite(reward) for reward in report.rewards):
         return Refused("malformed", "finite rewards", str(report.rewards), "return the lease as reward_failed instead")
-    if purpose != "eval" and (not report.arrays or min(report.lengths) < 1):
+    if group.purpose != "eval" and (not report.arrays or min(report.lengths) < 1):
         return Refused(
             "malformed", "arrays with at least one token a sample", str(report.lengths), "see docs/protocol.md"
         )
-    if purpose != "sft" and report.oldest < version:
+    return _age(report.oldest, group) if group.purpose != "sft" else "fresh"
+
+
+def _partial(message: LeaseReturned, partial: Partial, group: Group) -> Verdict:
+    if message.cause != "handed_back" or group.purpose != "train":
         return Refused(
-            "state", f"tokens of version {version} or newer", str(report.oldest), "sample with synced weights"
+            "malformed", "tokens of a train group that is handed back", f"{message.cause} of a {group.purpose} group",
+            "return it without a partial",
+        )  # fmt: skip
+    lengths = partial.lengths
+    if len(lengths) != group.samples or min(lengths) < 0 or not any(lengths) or not partial.arrays:
+        return Refused(
+            "malformed", f"arrays, and lengths of {group.samples} samples, some begun", str(lengths),
+            "return a group without tokens without a partial",
+        )  # fmt: skip
+    return _age(partial.oldest, group)
+
+
+def _age(oldest: int, group: Group) -> Verdict:
+    """Tokens of a lease are no older than its weights, or than those that it goes on from, which are among them."""
+    if oldest < group.sampled_at:
+        return Refused(
+            "state", f"tokens of version {group.sampled_at} or newer", str(oldest), "sample with synced weights"
         )
+    if group.partial is not None and oldest > group.partial.oldest:
+        return Refused(
+            "state", f"the tokens of version {group.partial.oldest} that the lease came with", str(oldest),
+            "go on from what the grant brings, or hand it back",
+        )  # fmt: skip
     return "fresh"
 
 

@@ -22,8 +22,13 @@ from shared.messages import (
     AssignedGroup,
     Envelope,
     Goodbye,
+    Grant,
     GroupReport,
     Heartbeat,
+    Lease,
+    LeaseReturned,
+    Partial,
+    Sampling,
     Status,
     TrainStep,
 )
@@ -220,6 +225,19 @@ def test_the_arrays_of_all_groups_of_a_step_follow_in_order():
         groups=groups,
     )
     assert wire.array_headers(step) == lengths
+
+
+def test_the_arrays_of_what_is_handed_over_follow_a_return_and_the_lease_that_brings_it():
+    begun = [ArrayHeader(name="tokens", dtype="int32", shape=[n]) for n in (1, 2, 3)]
+    back = LeaseReturned(1, 1, 1, "handed_back", "", Partial([1, 2], 0, 0, begun))
+    assert wire.array_headers(back) == begun
+    assert wire.array_headers(LeaseReturned(1, 1, 1, "handed_back", "")) == []
+    partials = [Partial([1], 0, 0, begun[:1]), None, Partial([2, 3], 0, 0, begun[1:])]
+    hints = typing.get_type_hints(Grant)
+    fields = {n: hints[n]() for n in Grant.__struct_fields__ if hints[n] in (int, str, float)}
+    rest = {"purpose": "train", "sampling": Sampling(1.0, 1.0, 0, 4)}
+    lease = Lease([Grant(**fields, **rest, partial=partial) for partial in partials])
+    assert wire.array_headers(lease) == begun
 
 
 def test_size_limits_are_named():

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.controller.core.events import Spooled
 from services.controller.core.ledger import PURPOSES, Group, Ledger
-from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Sampling
+from shared.messages import ArrayHeader, DatasetIdentity, GroupReport, Partial, Sampling
 
 DATASET = DatasetIdentity("train", 100, "aa")
 SAMPLING = Sampling(1.0, 1.0, 0, 16)
@@ -28,6 +28,8 @@ AFTER = {
     "lease": {"queued": "leased"},
     "report": {"leased": "reported"},
     "requeue": {"leased": "queued", "reported": "queued"},
+    "hand over": {"queued": "queued"},
+    "drop partial": {"queued": "queued"},
     "keep": {"reported": "reported"},
     "assign": {"reported": "assigned"},
     "consume": {"assigned": "consumed"},
@@ -53,6 +55,9 @@ class Entry:
     oldest: int = 0
     rewards: list[float] = field(default_factory=list)
     segment: int | None = None
+    partial: tuple[int, int, int] | None = None
+    """Tokens that were handed over, the oldest version of them, their segment."""
+    begun: int = 0
     kept: bool = False
     filtered: bool = True
     """Whether the filter has nothing to do with it."""
@@ -65,6 +70,8 @@ class Account:
     issued: set[int] = field(default_factory=set)
     consumed: set[int] = field(default_factory=set)
     settled: set[int] = field(default_factory=set)
+    handed_over: int = 0
+    dropped: int = 0
     discarded: dict[int, str] = field(default_factory=dict)
 
 
@@ -105,6 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.hungry.add(entry.replica)
         if kind == "keep":
             entry.kept = entry.filtered = True
+        if after == entry.state:
             return entry
         self.moves += 1
         entry.state, entry.came, entry.filtered = after, self.moves, True
@@ -137,6 +145,30 @@ class LedgerMachine(RuleBasedStateMachine):
         entry = self.move("lease", number, lambda g: self.ledger.lease(g, replica, 1, version, 0.0, 9.0))
         if entry is not None:
             entry.attempt, entry.replica, entry.version = entry.attempt + 1, replica, version
+            entry.begun = entry.partial[0] if entry.partial is not None else 0
+
+    @precondition(lambda self: self.entries)
+    @rule(which=picks, likely=st.booleans(), tokens=st.integers(1, 5), oldest=versions, segment=st.integers(1, 3))
+    def a_group_is_handed_over(self, which: int, likely: bool, tokens: int, oldest: int, segment: int) -> None:
+        number = self.pick(which, ("queued",) if likely else STATES)
+        assert number is not None
+        lengths = [tokens] + [0] * (self.entries[number].samples - 1)
+        partial = Partial(lengths, oldest, oldest, [ArrayHeader("tokens", "int32", [tokens])])
+        place = Spooled(segment, 0, [8], 1)
+        entry = self.move("hand over", number, lambda g: self.ledger.hand_over(g, self.lineage, partial, place))
+        if entry is not None:
+            entry.partial = (tokens, oldest, segment)
+            self.account.handed_over += 1
+
+    @precondition(lambda self: self.entries)
+    @rule(which=picks, likely=st.booleans())
+    def what_was_handed_over_is_dropped(self, which: int, likely: bool) -> None:
+        number = self.pick(which, ("queued",) if likely else STATES)
+        assert number is not None
+        entry = self.move("drop partial", number, lambda g: self.ledger.drop_partial(g, self.lineage))
+        if entry is not None:
+            entry.partial = None
+            self.account.dropped += 1
 
     @precondition(lambda self: self.entries)
     @rule(which=picks, likely=st.booleans(), newer=st.integers(0, 2), segment=st.integers(1, 3))
@@ -152,7 +184,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )  # fmt: skip
         entry = self.move("report", number, lambda g: self.ledger.report(g, report, Spooled(segment, 0, [8], 1)))
         if entry is not None:
-            entry.oldest, entry.rewards, entry.segment = oldest, rewards, segment
+            entry.oldest, entry.rewards, entry.segment, entry.partial = oldest, rewards, segment, None
             if entry.purpose == "train":
                 entry.filtered = False
                 self.reported += rewards
@@ -214,6 +246,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 entry = self.move("lease", number, lambda g, lease=lease: lease(g, replica, 1, version, 0.0, 9.0))  # type: ignore[misc]
                 assert entry is not None
                 entry.attempt, entry.replica, entry.version = entry.attempt + 1, replica, version
+                entry.begun = entry.partial[0] if entry.partial is not None else 0
             if self.entries[number].state == "leased":
                 at = next(i for i, (n, e) in enumerate(self._having("leased")) if n == number)
                 self.a_group_is_reported(at, True, 0, 1)
@@ -257,11 +290,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def each_group_is_where_its_last_move_took_it(self) -> None:
         found = {
-            number: (g.purpose, g.state, g.attempt, g.replica, g.version, g.rewards, g.kept)
+            number: (g.purpose, g.state, g.attempt, g.replica, g.version, g.rewards, g.kept, g.begun)
             for number, g in self.ledger.groups.items()
         }
         assert found == {
-            number: (e.purpose, e.state, e.attempt, e.replica, e.version, e.rewards, e.kept)
+            number: (e.purpose, e.state, e.attempt, e.replica, e.version, e.rewards, e.kept, e.begun)
             for number, e in self.entries.items()
         }
 
@@ -285,10 +318,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def the_oldest_version_that_may_hold_the_run_back_is_known(self) -> None:
         for purpose in PURPOSES:
-            leased = [entry.version for _, entry in self._having("leased", purpose)]
+            entries = [entry for _, entry in self._having("leased", purpose)]
+            leased = [min(e.version, e.partial[1]) if e.partial is not None else e.version for e in entries]
             reported = [entry.oldest for _, entry in self._having("reported", purpose)]
             assert self.ledger.oldest("leased", purpose) == min(leased, default=None)
             assert self.ledger.oldest("reported", purpose) == min(reported, default=None)
+            for version in range(-1, 7):
+                older = sum(age <= version for age in (*leased, *reported))
+                assert self.ledger.sampled_by(version, purpose) == older  # type: ignore[arg-type]
 
     @invariant()
     def each_replica_has_the_load_that_it_was_leased(self) -> None:
@@ -304,7 +341,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_spooled_payload_that_is_needed_is_let_go(self) -> None:
-        segments = [entry.segment for entry in self.entries.values() if entry.segment is not None]
+        entries = list(self.entries.values())
+        segments = [entry.segment for entry in entries if entry.segment is not None]
+        segments += [entry.partial[2] for entry in entries if entry.partial is not None]
         assert self.ledger.first_segment() == min(segments, default=self.ledger.segment)
 
     @invariant()
@@ -313,6 +352,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for lineage, account in self.accounts.items():
             book = self.ledger.book(lineage)
             assert (book.issued, book.consumed) == (len(account.issued), len(account.consumed))
+            assert (book.handed_over, book.partials_dropped) == (account.handed_over, account.dropped)
             assert (book.settled, book.discarded) == (len(account.settled), Counter(account.discarded.values()))
             parts = [account.consumed, set(account.discarded), still if lineage == self.lineage else set()]
             assert set().union(*parts) == account.issued

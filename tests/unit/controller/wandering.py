@@ -22,10 +22,11 @@ class Chances:
     mesh_failed: float = 0.0
     not_finite: float = 0.0
     disk_full: float = 0.0
+    hand_over: float = 0.0
     time: float = 0.02
 
 
-ALL = Chances(0.01, 0.004, 0.004, 0.01, 0.01, 0.03, 0.05)
+ALL = Chances(0.01, 0.004, 0.004, 0.01, 0.01, 0.03, 0.05, 0.2)
 
 
 def wander(seed: int, chances: Chances, *, rollouts: int = 2, replay: bool = False, **tables: object) -> World:
@@ -71,12 +72,12 @@ def wander(seed: int, chances: Chances, *, rollouts: int = 2, replay: bool = Fal
             world.send(world.models[chance.choice(mesh.members).replica], MeshFailed(epoch, "reset by peer"))
         elif likely(chances.time):
             world.pass_time(chance.choice([0.1, 1.0, 20.0]))
-        _move(world, chance)
+        _move(world, chance, chances.hand_over)
     raise AssertionError(f"seed {seed}: the run did not end: {world.core.state.stages}, {world.core.state.steps}")
 
 
-def _move(world: World, chance: random.Random) -> None:
-    """Somebody comes back, says the next thing, or finishes some work."""
+def _move(world: World, chance: random.Random, hand_over: float) -> None:
+    """Somebody comes back, says the next thing, finishes some work, or leaves it part-way."""
     fleet = world.core.state.fleet.replicas
     away = [m for m in world.models.values() if m.alive and not (fleet[m.name].live and fleet[m.name].confirmed)]
     working = [model for model in world.models.values() if model.working and model.alive]
@@ -86,6 +87,10 @@ def _move(world: World, chance: random.Random) -> None:
         world.deliver(limit=1, pick=chance.choice)
     elif working:
         model = chance.choice(working)
-        world.finish(model, chance.choice(list(model.working)))
+        key = chance.choice(list(model.working))
+        if hand_over and model.working[key][0].purpose == "train" and chance.random() < hand_over:
+            world.send(model, model.hand_over(key))
+        else:
+            world.finish(model, key)
     elif world.idle and not away:
         world.pass_time(max(world.core.next_deadline() - world.now, 0.0) + 0.001)

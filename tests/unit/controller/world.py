@@ -60,6 +60,7 @@ from shared.messages import (
     LeaseReturned,
     LoadState,
     MeshFormed,
+    Partial,
     Position,
     ReceiveState,
     ReceiveWeights,
@@ -234,6 +235,8 @@ class Model:
         """End the work on a lease."""
         grant, oldest = self.working.pop(key)
         self.answered.add(key)
+        if grant.partial is not None:
+            oldest = min(oldest, grant.partial.oldest)
         newest = self.holds.version if self.holds is not None and grant.purpose != "sft" else 0
         return GroupReport(
             group=grant.group,
@@ -249,6 +252,18 @@ class Model:
             seconds=0.1,
             arrays=[] if grant.purpose == "eval" else [ArrayHeader("tokens", "int32", [2 * grant.samples])],
         )
+
+    def hand_over(self, key: Key) -> LeaseReturned:
+        """Leave a lease part-way: each sample has a token more than it came with."""
+        grant, oldest = self.working.pop(key)
+        self.answered.add(key)
+        before = grant.partial.lengths if grant.partial is not None else [0] * grant.samples
+        lengths = [count + 1 for count in before]
+        if grant.partial is not None:
+            oldest = min(oldest, grant.partial.oldest)
+        assert self.holds is not None
+        partial = Partial(lengths, oldest, self.holds.version, [ArrayHeader("tokens", "int32", [sum(lengths)])])
+        return LeaseReturned(*key, grant.lineage, "handed_back", "it leaves", partial)
 
     def _apply(self, commit: CommitStep) -> StepApplied:
         if self.applied is not None and self.applied[0] == commit:
@@ -294,6 +309,7 @@ class World:
         self._queue: deque[tuple[Model, ReplicaMessage]] = deque()
         self._nonces = 0
         self._spooled = 0
+        self.handed: dict[int, tuple[int, Partial]] = {}
         self._check_replay = check_replay
         self._shadow = Core(recipe)
         self.step(RunBegan(at=self.now, run="test", recipe=""))
@@ -371,9 +387,12 @@ class World:
             self.repeated += 1
             return verdict
         place = None
-        if isinstance(message, GroupReport) and message.arrays:
+        partial = message.partial if isinstance(message, LeaseReturned) else None
+        if (isinstance(message, GroupReport) and message.arrays) or partial is not None:
             self._spooled += 1
             place = Spooled(self._spooled, 0, [8], 1)
+        if isinstance(message, LeaseReturned) and partial is not None:
+            self.handed[self._spooled] = (message.group, partial)
         self.step(
             MessageReceived(
                 at=self.now, replica=model.name, incarnation=model.incarnation, rank=0, body=message, spooled=place
@@ -506,6 +525,9 @@ class World:
                 model = self.models[effect.replica]
                 if isinstance(effect.message, TrainStep):
                     assert len(effect.payload) == len(effect.message.groups)
+                elif isinstance(effect.message, Lease):
+                    begun = [(g.group, g.partial) for g in effect.message.grants if g.partial is not None]
+                    assert [self.handed[place.segment] for place in effect.payload] == begun
                 for answer in model.take(effect.message):
                     self.send(model, answer)
             case MintMeshId():

@@ -80,7 +80,7 @@ class ScriptedBus:
     term, incarnation = 1, 1
 
     def __init__(self) -> None:
-        self.inbox: deque[Message] = deque()
+        self.inbox: deque[Message | Delivery] = deque()
         self.sent: list[tuple[Message, Sequence[Any]]] = []
         self.leases: set[LeaseRef] = set()
         self.held: Position | None = None
@@ -99,7 +99,10 @@ class ScriptedBus:
         self.waits.append(timeout_s)
         if self.fenced:
             raise Fenced("incarnation", "2", "1", "end")
-        return Delivery(self.inbox.popleft()) if self.inbox else None  # type: ignore[arg-type]
+        if not self.inbox:
+            return None
+        first = self.inbox.popleft()
+        return first if isinstance(first, Delivery) else Delivery(first)  # type: ignore[arg-type]
 
     def hold(self, position: Position | None) -> None:
         self.held = position

@@ -325,18 +325,19 @@ def test_a_deterministic_run_never_mixes_two_lease_messages(make_rig: MakeRig) -
     assert [report.group for report in rig.bus.of(GroupReport)] == [3]
 
 
-def test_a_drain_finishes_what_is_in_hand_takes_nothing_new_and_leaves(rig: Rig) -> None:
+def test_a_drain_finishes_what_nobody_else_can_go_on_with_takes_nothing_new_and_leaves(rig: Rig) -> None:
     rig.ready()
-    rig.bus.inbox.extend([Lease([rig.grant(1)]), Drain("scaled down"), Lease([rig.grant(2)])])
+    rig.bus.inbox.extend([Lease([rig.grant(1, purpose="eval")]), Drain("scaled down"), Lease([rig.grant(2)])])
     assert rig.service.run() == EXIT_DONE
     assert [report.group for report in rig.bus.of(GroupReport)] == [1]
     assert [(r.group, r.cause) for r in rig.bus.of(LeaseReturned)] == [(2, "handed_back")]
     assert rig.bus.leases == set()
 
 
-def test_asked_to_stop_it_tells_so_finishes_what_is_in_hand_and_leaves(rig: Rig) -> None:
+def test_asked_to_stop_it_tells_so_finishes_what_is_being_judged_and_leaves(rig: Rig) -> None:
     rig.ready()
     rig.tell(Lease([rig.grant(1)]))
+    rig.until(lambda: len(rig.service._judging) == 1)
     rig.service.stop()
     rig.bus.inbox.append(Lease([rig.grant(2)]))
     assert rig.service.run() == EXIT_DONE

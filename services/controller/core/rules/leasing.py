@@ -3,6 +3,9 @@
 Pacing (AReaL, arXiv 2505.24298, eq. 3, with the lessee's own version): a replica that holds version u is leased groups
 only while accepted + running < (max_staleness + u + 1) * batch, counted from the stage's start. So at most one batch's
 worth of groups can ever be due at one version, whatever the replicas lag.
+
+A group that was handed over with tokens is as old as the oldest of them: it must fit, beside the others that old, into
+the batches that may still take it. Where it does not, the tokens are dropped and the group is sampled afresh.
 """
 
 from __future__ import annotations
@@ -10,16 +13,28 @@ from __future__ import annotations
 from heapq import heapify, heappop, heapreplace
 
 from services.controller.core.evaluation import Answer
+from services.controller.core.events import Spooled
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
-from services.controller.core.outcome import Discarded, Issued, Leased, Requeued
+from services.controller.core.outcome import (
+    Discarded,
+    HandedOver,
+    Issued,
+    Leased,
+    PartialDropped,
+    PartialRefused,
+    Requeued,
+)
 from services.controller.core.rules.mustering import mustered
 from services.controller.core.state import Turn
 from shared.data.order import permuted_row
-from shared.messages import Grant, LeaseRef, Purpose, RevokeLease, Role, Sampling
+from shared.messages import Grant, LeaseRef, Partial, Purpose, RevokeLease, Role, Sampling
 
 ATTEMPTS = 5
-"""Leases of one group before it is given up: a row that takes its replica down must not take the fleet down."""
+"""Leases of one group before it is given up: a row that takes its replica down must not take the fleet down.
+
+(Those that ended in tokens for the next one do not count.)
+"""
 NOT_JUDGED = "not judged"
 """Category of the rows that nobody could judge, in a suite that is split by category."""
 AHEAD = 2
@@ -94,9 +109,26 @@ def _lease_rollout(turn: Turn, replica: Replica, samples: int) -> bool:
 
 def _slot_is_free(turn: Turn, version: int) -> bool:
     """Whether a replica that holds `version` may get more: its tokens would be trained in time, and it is not paced."""
+    return _next_batch(turn) - version <= turn.bound and _admitted(turn, "train") < _limit(turn, version)
+
+
+def _comes_in_time(turn: Turn, oldest: int, version: int) -> bool:
+    """Whether a group with tokens as old as `oldest` may be leased to a replica that holds `version`, which has a slot.
+
+    For each age from the one to the other, the groups that old or older must fit into the batches that may take them:
+    those which start from max_staleness above that age at most.
+    """
+    first, size = _next_batch(turn), turn.table.batch_size
+    return all(
+        turn.state.ledger.sampled_by(age, "train") < (turn.bound + age - first + 1) * size
+        for age in range(oldest, version)
+    )
+
+
+def _next_batch(turn: Turn) -> int:
+    """The version that the next batch to be formed will start from."""
     state = turn.state
-    base = state.version + len(state.steps.pending) + (state.steps.batch is not None)
-    return base - version <= turn.bound and _admitted(turn, "train") < _limit(turn, version)
+    return state.version + len(state.steps.pending) + (state.steps.batch is not None)
 
 
 def _limit(turn: Turn, version: int) -> int:
@@ -178,9 +210,11 @@ def _lease(turn: Turn, group: Group, replica: Replica) -> None:
     state = turn.state
     version = replica.position.version if replica.position is not None else state.version
     until = state.now + turn.recipe.timeouts.lease_s
+    if group.partial is not None and not _comes_in_time(turn, group.partial.oldest, version):
+        drop_partial(turn, group, "too old")
     state.ledger.lease(group, replica.name, replica.incarnation, version, state.now, until)
     group.wave = state.ledger.wave
-    turn.fact(Leased(group.id, group.attempt, replica.name, replica.incarnation, version, group.revision))
+    turn.fact(Leased(group.id, group.attempt, replica.name, replica.incarnation, version, group.revision, group.begun))
 
 
 def grant(turn: Turn, group: Group) -> Grant:
@@ -202,12 +236,42 @@ def grant(turn: Turn, group: Group) -> Grant:
         deadline_s=max(group.deadline - turn.state.now, 0.0),
         suite=group.suite,
         reward_weights=turn.state.hyperparameters.reward_weights(group.revision) if group.purpose == "train" else {},
+        partial=group.partial,
     )
 
 
-def give_back(turn: Turn, group: Group, cause: str) -> None:
+def hand_over(turn: Turn, group: Group, partial: Partial, spooled: Spooled, checked: int) -> None:
+    """A lessee leaves a group part-way: queue it again, with the tokens so far if the next lessee may go on from them.
+
+    Tokens of weights newer than `checked`, which were never compared with the policy's, are not taken: an earlier
+    lessee's stay where they are.
+    """
+    state, attempt, tokens = turn.state, group.attempt, sum(partial.lengths)
+    cause = ""
+    if turn.recipe.run.deterministic:
+        cause = "deterministic run"
+    elif partial.newest > checked:
+        cause = "weights not compared"
+    give_back(turn, group, "handed_back", advanced=not cause)
+    if cause:
+        state.ledger.book(state.lineage).partials_dropped += 1
+        turn.fact(PartialRefused(state.lineage, group.id, attempt, tokens, cause))
+    else:
+        state.ledger.hand_over(group, state.lineage, partial, spooled)
+        turn.fact(HandedOver(state.lineage, group.id, attempt, tokens, partial.oldest))
+
+
+def drop_partial(turn: Turn, group: Group, cause: str) -> None:
+    """What was handed over of a queued group is of no use any more: its next lease begins anew."""
+    assert group.partial is not None
+    turn.fact(PartialDropped(turn.state.lineage, group.id, group.attempt, sum(group.partial.lengths), cause))
+    turn.state.ledger.drop_partial(group, turn.state.lineage)
+
+
+def give_back(turn: Turn, group: Group, cause: str, *, advanced: bool = False) -> None:
     """A lease ended without a report: queue the group again, or give it up after too many attempts.
 
+    One that has `advanced` the group does not count as an attempt.
     In a deterministic run the whole open wave goes back with it, since its composition must be the same again.
     """
     state = turn.state
@@ -216,7 +280,7 @@ def give_back(turn: Turn, group: Group, cause: str) -> None:
         wave = [*state.ledger.having("leased", group.purpose), *state.ledger.having("reported", group.purpose)]
         again = [g for g in wave if g.wave == group.wave and (g.state == "leased" or not g.kept)]
     for each in again:
-        if each.attempt >= ATTEMPTS and each is group:
+        if each is group and each.attempt - each.handed_over - advanced >= ATTEMPTS:
             end_group(turn, each, "attempts")
             continue
         lessee, incarnation = each.replica, each.incarnation

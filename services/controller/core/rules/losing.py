@@ -5,7 +5,7 @@ from __future__ import annotations
 from services.controller.core.fleet import Replica
 from services.controller.core.outcome import Gone, Issued, Part, RolledBack
 from services.controller.core.rules.judging import drop_round
-from services.controller.core.rules.leasing import give_back
+from services.controller.core.rules.leasing import drop_partial, give_back
 from services.controller.core.rules.syncing import revoke_mesh
 from services.controller.core.rules.training import abort_step
 from services.controller.core.state import Turn
@@ -80,6 +80,9 @@ def _roll_back(turn: Turn) -> None:
     for group in state.ledger.having("leased"):
         if group.state == "leased":
             give_back(turn, group, "rollback")
+    for group in state.ledger.having("queued", "train"):
+        if group.partial is not None:
+            drop_partial(turn, group, "rollback")  # its next lessee's weights have no part in those that sampled it
     redo = [*state.steps.unsettled, *([state.steps.batch] if state.steps.batch else []), *state.steps.pending]
     position = state.lineages.roll_back()
     for group in sorted(state.ledger.groups.values(), key=lambda g: g.id):

@@ -312,6 +312,9 @@ def _metrics(turn: Turn, batch: Batch, step: Step) -> dict[str, object]:
     line |= {f"set/{name}": value for name, value in state.hyperparameters.changed.items()}
     line |= {f"groups/{kind}": state.ledger.count(kind, batch.stage) for kind in WAITING}
     if batch.stage == "train":
+        book = state.ledger.book(state.lineage)
+        line["groups/continued"] = sum(group.begun > 0 for group in groups)
+        line |= {"partials/handed_over": book.handed_over, "partials/dropped": book.partials_dropped}
         of_all, of_batch = state.ledger.take_reward(), sum(rewards) / len(rewards)
         line |= {"reward": of_batch if of_all is None else of_all, "reward_trained": of_batch}
         stale = [batch.version - group.oldest for group in groups]
