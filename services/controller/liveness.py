@@ -51,10 +51,15 @@ class Liveness:
         return {kind: round(value, 3) for kind, value in self._spent.get((replica, incarnation, 0), {}).items()}
 
     def take_spent(self) -> dict[str, float]:
-        """`time/ROLE/KIND`: mean seconds over the replicas of a role (`ROLE-NUMBER`) since this was last asked."""
+        """`time/ROLE/KIND`: mean seconds over the replicas of a role (`ROLE-NUMBER`) since this was last asked.
+
+        Rank 0 speaks for its replica: what it waits for is what the others do.
+        """
         sums: dict[str, float] = {}
         members: dict[str, int] = {}
         for rank, spent in self._spent.items():
+            if rank[2] != 0:
+                continue
             role = rank[0].partition("-")[0]
             members[role] = members.get(role, 0) + 1
             before = self._taken.get(rank, {})

@@ -7,6 +7,9 @@ All bookkeeping is on the caller's thread; the loop only runs what a backend's c
 the backend, until a slot is free, so that each starts with the weights of that moment: its `epoch` (the number of
 updates so far) goes to the backend, which keeps prefixes of different epochs apart. Invariant: results of samples that
 were aborted, or began again, are dropped by identity.
+
+Who waits for a backend stops waiting when a process of it has ended, and when the replica was lost meanwhile: a worker
+that is silent, not dead, is seen by the controller alone.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from shared.bus import BusClient, BusError
 from shared.config.schema import InFlight
 from shared.engines.base import (
     Engine,
@@ -92,7 +96,8 @@ class HostedEngine(Engine):
     """What all such engines share. A backend is started by `_start`, on the engine's thread, within `start_s`.
 
     `stops` are stop token ids; every other call into the backend has to end within `call_s`. With `serve`, the engine
-    answers people, too, on that port of loopback.
+    answers people, too, on that port of loopback. With `client`, that of the replica's rank 0, the workers join the
+    replica on the bus while they start.
     """
 
     name = "engine"
@@ -107,6 +112,7 @@ class HostedEngine(Engine):
         start_s: float,
         call_s: float,
         serve: int | None = None,
+        client: BusClient | None = None,
     ) -> None:
         self.version = -1
         self.context = context
@@ -114,6 +120,7 @@ class HostedEngine(Engine):
         self._slots = slots
         self._stops = sorted(set(stops))
         self._call_s = call_s
+        self._client = client
         self._waiting: deque[Sample] = deque()
         self._running: dict[tuple[Hashable, int], Sample] = {}
         self._left: dict[Hashable, int] = {}
@@ -138,7 +145,10 @@ class HostedEngine(Engine):
 
     @abstractmethod
     async def _start(self) -> None:
-        """Load the model, with any weights, and be ready to generate. EngineError for what cannot work here."""
+        """Load the model, with any weights, and be ready to generate. EngineError for what cannot work here.
+
+        Workers join the replica before this returns, if there is one (`shared.engines.ranks.invitation`).
+        """
 
     @abstractmethod
     async def _application(self) -> Application:
@@ -328,8 +338,14 @@ class HostedEngine(Engine):
         """Run a backend's coroutine to its end from the caller's thread."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         until = time.monotonic() + limit_s
-        while not future.done() and time.monotonic() < until and self._death() is None:
-            wait([future], timeout=LOOK_S)
+        try:
+            while not future.done() and time.monotonic() < until and self._death() is None:
+                wait([future], timeout=LOOK_S)
+                if self._client is not None:
+                    self._client.raise_if_ended()
+        except BusError:
+            future.cancel()
+            raise
         if not future.done():
             future.cancel()
             self._raise_if_dead()

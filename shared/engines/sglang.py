@@ -19,6 +19,7 @@ from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
+from shared.engines.ranks import invitation
 from shared.weights import StagedWeights
 
 RESERVED = 2
@@ -88,7 +89,7 @@ class SglangEngine(HostedEngine):
         scheme = self._scheme(on_cpu)  # refused before the seconds of an import
         from sglang.srt.entrypoints.engine import Engine
 
-        from shared.engines.sglang_worker import LOADER
+        from shared.engines.sglang_worker import LOADER, join_hook
 
         self._engine = Engine(
             model_path=str(self._folder),
@@ -97,6 +98,7 @@ class SglangEngine(HostedEngine):
             skip_server_warmup=True,
             load_format="dummy",
             custom_weight_loader=[LOADER],
+            forward_hooks=[join_hook(invitation(self._client, self._call_s))] if self._client is not None else None,
             dtype=self._dtype,
             random_seed=self._seed,
             quantization=scheme,
@@ -112,7 +114,7 @@ class SglangEngine(HostedEngine):
             log_level="warning",
             **(self._on_cpu() if on_cpu else {"mem_fraction_static": self._memory}),
         )
-        self._processes = Watched(self._engine.get_all_child_pids())
+        self._processes = Watched(self._engine.get_all_child_pids(), self._parallel.ranks)
 
     async def _application(self) -> Application:
         from sglang.srt.entrypoints import http_server
@@ -230,7 +232,7 @@ class SglangEngine(HostedEngine):
 
     def _death(self) -> str | None:
         ended = self._processes.ended()
-        return f"its process {ended} ended; its log is above" if ended is not None else None
+        return f"its {ended} ended; its log is above" if ended is not None else None
 
     def _report(self) -> Report:
         self._counts.prefix_hits = self._cached_tokens / max(1, self._prompt_tokens)
