@@ -88,8 +88,8 @@ class Liveness:
         return [(rank, now - at) for rank, at in self._heard.items() if now - at > self._lost_after_s]
 
     def heartbeat(self, replica: str, incarnation: int, now: float) -> tuple[str, float] | None:
-        """What rank 0 last said it was doing, and how long ago."""
-        rank = (replica, incarnation, 0)
-        if rank not in self._heard:
+        """What rank 0 last said it was doing, and how long the rank that is silent for longest has been."""
+        heard = [at for rank, at in self._heard.items() if rank[:2] == (replica, incarnation)]
+        if not heard:
             return None
-        return self._states.get(rank, ("", 0))[0], now - self._heard[rank]
+        return self._states.get((replica, incarnation, 0), ("", 0))[0], now - min(heard)
