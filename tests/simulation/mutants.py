@@ -371,6 +371,49 @@ MUTANTS = [
             ),
         ),
     ),
+    Mutant(
+        "processes of a lost replica of several ranks come back",
+        0,
+        ((f"{CORE}/fleet.py", "        return over or register.nonce in", "        return register.nonce in"),),
+    ),
+    Mutant(
+        "ranks of several starts make a replica",
+        0,
+        (
+            (
+                f"{CORE}/fleet.py",
+                "if replica is not None and replica.live and replica.nonce == register.nonce else None",
+                "if replica is not None and replica.live and register.rank not in replica.pids else None",
+            ),
+        ),
+    ),
+    Mutant(
+        "in a new term one rank speaks for all",
+        6,
+        ((f"{CORE}/core.py", "if not replica.confirmed and not replica.absent:", "if not replica.confirmed:"),),
+    ),
+    Mutant(
+        "a replica loads with its first rank",
+        0,
+        (
+            (
+                f"{CORE}/core.py",
+                'if replica.state == "joining" and not replica.missing:',
+                'if replica.state == "joining":',
+            ),
+        ),
+    ),
+    Mutant(
+        "only the silence of rank 0 is noticed",
+        1,
+        (
+            (
+                "services/controller/liveness.py",
+                "if now - at > self._lost_after_s]",
+                "if now - at > self._lost_after_s and not rank[2]]",
+            ),
+        ),
+    ),
 ]
 
 
