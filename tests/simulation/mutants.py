@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "a report of any attempt is taken",
-        150,
+        94,
         (
             (
                 f"{CORE}/refusals.py",
@@ -140,12 +140,12 @@ MUTANTS = [
     ),
     Mutant(
         "no rollback when the state is lost",
-        1,
+        5,
         ((f"{CORE}/rules/losing.py", "    _roll_back(turn)\n    return True\n", "    return False\n"),),
     ),
     Mutant(
         "rolled back to the committed state",
-        1,
+        5,
         (
             (
                 f"{CORE}/lineages.py",
@@ -167,8 +167,8 @@ MUTANTS = [
     ),
     Mutant(
         "a replaced process may come back",
-        10,
-        ((f"{CORE}/fleet.py", "return register.nonce in known[:-1]", "return False"),),
+        6,
+        ((f"{CORE}/fleet.py", "register.nonce in self.starts.get(register.replica, [])[:-1]", "False"),),
     ),
     Mutant(
         "gaps in a session are skipped",
@@ -243,7 +243,7 @@ MUTANTS = [
     ),
     Mutant(
         "the wall clock moves deadlines",
-        49,
+        54,
         (
             (
                 "services/controller/shell.py",
@@ -276,7 +276,7 @@ MUTANTS = [
     # bugs that only a run with evaluators of its own can have
     Mutant(
         "an evaluator gets new weights in mid-round",
-        19,
+        15,
         (
             (
                 f"{CORE}/rules/syncing.py",
@@ -287,7 +287,7 @@ MUTANTS = [
     ),
     Mutant(
         "a lost evaluator's rows are forgotten",
-        37,
+        35,
         (
             (
                 f"{CORE}/rules/losing.py",
@@ -298,7 +298,7 @@ MUTANTS = [
     ),
     Mutant(
         "a round that nobody can finish stays open",
-        79,
+        99,
         (
             (
                 f"{CORE}/rules/judging.py",
@@ -309,7 +309,7 @@ MUTANTS = [
     ),
     Mutant(
         "training waits for every verdict",
-        13,
+        15,
         (
             (
                 f"{CORE}/rules/judging.py",
@@ -346,7 +346,7 @@ MUTANTS = [
     ),
     Mutant(
         "a step waits for ever for a mesh that was revoked",
-        8,
+        16,
         (
             (
                 f"{CORE}/rules/joining.py",
