@@ -179,8 +179,9 @@ class MeshIdentity(Part):
 class Register(Transient):
     """Rank -> controller, first message of a session and again in every new term, until `Registered` answers it.
 
-    `nonce` names the process: the same nonce is the same incarnation. `holds` is what a surviving process still has.
-    A duplicate is answered again and changes nothing.
+    `nonce` names the start of a replica, and its ranks share it: the same nonce is the same incarnation. A rank of an
+    older start is refused, and so are the ranks of a start of several once it was lost. `holds` is what a surviving
+    process still has. A duplicate is answered again and changes nothing.
     """
 
     role: Role
@@ -272,7 +273,8 @@ class Shutdown(Message):
 class LoadState(Message):
     """Controller -> replica: make the model. Answered by `StateLoaded` or `ReplicaFailed`; a duplicate is, again.
 
-    `initial`: policy loads the recipe's weights, rollout and evaluator build an engine whose weights come by sync.
+    `initial`: policy loads the recipe's weights; rollout and evaluator, which have started an engine when they
+    registered, answer once it stands: its weights come by sync.
     `checkpoint`: policy loads the checkpoint at `path` (model, optimizer, scheduler, RNG) as `position`.
     `peer`: policy builds the model and forgets what it holds; its state comes from another policy (`ReceiveState`).
     """

@@ -51,10 +51,15 @@ class Liveness:
         return {kind: round(value, 3) for kind, value in self._spent.get((replica, incarnation, 0), {}).items()}
 
     def take_spent(self) -> dict[str, float]:
-        """`time/ROLE/KIND`: mean seconds over the replicas of a role (`ROLE-NUMBER`) since this was last asked."""
+        """`time/ROLE/KIND`: mean seconds over the replicas of a role (`ROLE-NUMBER`) since this was last asked.
+
+        Rank 0 speaks for its replica: what it waits for is what the others do.
+        """
         sums: dict[str, float] = {}
         members: dict[str, int] = {}
         for rank, spent in self._spent.items():
+            if rank[2] != 0:
+                continue
             role = rank[0].partition("-")[0]
             members[role] = members.get(role, 0) + 1
             before = self._taken.get(rank, {})
@@ -83,8 +88,8 @@ class Liveness:
         return [(rank, now - at) for rank, at in self._heard.items() if now - at > self._lost_after_s]
 
     def heartbeat(self, replica: str, incarnation: int, now: float) -> tuple[str, float] | None:
-        """What rank 0 last said it was doing, and how long ago."""
-        rank = (replica, incarnation, 0)
-        if rank not in self._heard:
+        """What rank 0 last said it was doing, and how long the rank that is silent for longest has been."""
+        heard = [at for rank, at in self._heard.items() if rank[:2] == (replica, incarnation)]
+        if not heard:
             return None
-        return self._states.get(rank, ("", 0))[0], now - self._heard[rank]
+        return self._states.get((replica, incarnation, 0), ("", 0))[0], now - min(heard)

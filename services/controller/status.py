@@ -72,6 +72,8 @@ def _replica(state: State, liveness: Liveness, replica: Replica, now: float) -> 
         "role": replica.role,
         "state": replica.state,
         "incarnation": replica.incarnation,
+        "ranks": replica.world,
+        "missing": replica.missing if replica.live else [],
         "version": replica.position.version if replica.position else None,
         "leases": len(state.ledger.held_by(replica.name)),
         "doing": heard[0] if heard else "",

@@ -79,19 +79,24 @@ class BusClient:
         world: int = 1,
         settings: BusTable,
         datasets: Sequence[DatasetIdentity] = (),
+        nonce: int | None = None,
         context: zmq.Context | None = None,
     ) -> None:
-        """`context` is needed for `inproc://` addresses, which join sockets of one context only."""
+        """`nonce` is that of the replica's start, which its ranks share; rank 0, or whoever starts them all, draws it.
+
+        `context` is needed for `inproc://` addresses, which join sockets of one context only.
+        """
         if address.startswith("inproc://") and context is None:
             raise ValueError(f"{address!r} wants the zmq.Context that the controller's socket lives in: pass `context`")
-        self._address, self._settings = address, settings
+        self.address, self.settings = address, settings
         self._who = f"{replica} rank {rank}"
         self._max_bytes = max_bytes(settings)
-        nonce = secrets.randbits(63)
+        nonce = secrets.randbits(63) if nonce is None else nonce
+        self.passport = Passport(role, replica, rank, world, nonce, os.getpid(), network.gethostname(), tuple(datasets))
         self._identity = f"{replica}/{rank}/{nonce:x}".encode()
         self._standing = Standing()
         self._session = ReplicaSession(
-            Passport(role, replica, rank, world, nonce, os.getpid(), network.gethostname(), tuple(datasets)),
+            self.passport,
             self._standing,
             heartbeat_s=settings.heartbeat_s,
             resend_s=settings.resend_s,
@@ -134,7 +139,7 @@ class BusClient:
         if welcome is None:
             self.close()
             raise end or BusTimeout(
-                f"{self._who} waited {timeout_s:g} s for the controller at {self._address} to answer Register: "
+                f"{self._who} waited {timeout_s:g} s for the controller at {self.address} to answer Register: "
                 "expected Registered, got nothing; check that the controller runs and that the address is right"
             )
         return welcome
@@ -163,18 +168,18 @@ class BusClient:
         sent once, if there is a session. WireFault for what the other side would refuse; Fenced.
         """
         wire.check_outgoing(message, frames, self._max_bytes)
-        limit_s = self._settings.lost_after_s if timeout_s is None else timeout_s
+        limit_s = self.settings.lost_after_s if timeout_s is None else timeout_s
         with self._changed:
-            self._raise_if_ended()
+            self.raise_if_ended()
             if message.reliable:
-                window = self._settings.window
+                window = self.settings.window
                 if not self._changed.wait_for(lambda: self._in_flight < window or self._end is not None, limit_s):
                     raise BusTimeout(
                         f"{self._who} waited {limit_s:g} s to send {type(message).__name__}: {window} messages "
-                        f"(bus.window) are not acknowledged by the controller at {self._address}; check that it runs "
+                        f"(bus.window) are not acknowledged by the controller at {self.address}; check that it runs "
                         "and that its disk keeps up"
                     )
-                self._raise_if_ended()
+                self.raise_if_ended()
                 self._in_flight += 1
             # Inside the lock: two threads' messages leave in the order in which they took their places.
             self._in_bus(lambda now: self._session.push(message, frames, now))
@@ -198,16 +203,16 @@ class BusClient:
             return []
 
         with self._changed:
-            self._raise_if_ended()
+            self.raise_if_ended()
             self._in_bus(ask)
         try:
             reply = answer.result(timeout_s)
         except TimeoutError:
             with self._changed:
-                self._raise_if_ended()
+                self.raise_if_ended()
                 self._in_bus(withdraw)
             raise BusTimeout(
-                f"{self._who} waited {timeout_s:g} s for the controller at {self._address} to answer "
+                f"{self._who} waited {timeout_s:g} s for the controller at {self.address} to answer "
                 f"{type(message).__name__}: no answer came; check that the controller runs and is not overloaded"
             ) from None
         if isinstance(reply, Refused):
@@ -218,8 +223,15 @@ class BusClient:
         """The next message for this rank, or None after `timeout_s`. Raises Fenced, or BusClosed after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._inbox or self._end is not None, timeout_s)
-            self._raise_if_ended()
+            self.raise_if_ended()
             return self._inbox.popleft() if self._inbox else None
+
+    def raise_if_ended(self) -> None:
+        """Raise what every call would: Fenced, or BusClosed. For who waits for something else meanwhile."""
+        if self._end is not None:
+            raise self._end.with_traceback(None)
+        if self._thread is None:
+            raise BusClosed(f"the bus of {self._who} is not started; call start() first")
 
     def stats(self) -> dict[str, int]:
         """Counters by name: repeats, gaps, resent, registrations, stale_term, early, pushed_back, unsent, faults."""
@@ -252,12 +264,6 @@ class BusClient:
             self._context.destroy(linger=0)
 
     # --- between the threads ---
-
-    def _raise_if_ended(self) -> None:
-        if self._end is not None:
-            raise self._end.with_traceback(None)
-        if self._thread is None:
-            raise BusClosed(f"the bus of {self._who} is not started; call start() first")
 
     def _finish(self, error: BusError) -> None:
         """From now on every waiting call raises `error`; the first cause stands."""
@@ -302,7 +308,7 @@ class BusClient:
             self._loop.close()
 
     async def _live(self) -> None:
-        session, settings = self._session, self._settings
+        session, settings = self._session, self.settings
         self._connect()
         connected_at = time.monotonic()
         try:
@@ -324,9 +330,9 @@ class BusClient:
 
     def _connect(self) -> None:
         self._socket = zmq.asyncio.Context(self._context).socket(zmq.DEALER)
-        configure_dealer(self._socket, self._settings)
+        configure_dealer(self._socket, self.settings)
         self._socket.set(zmq.ROUTING_ID, self._identity)
-        self._socket.connect(self._address)
+        self._socket.connect(self.address)
         self._receiving = self._loop.create_task(self._receive_forever(self._socket))
 
     def _disconnect(self) -> None:
@@ -343,7 +349,7 @@ class BusClient:
                 logger.warning("a message of the controller cannot be taken", cause=str(fault))
                 self._carry_out(self._session.hear_fault(fault, now))
             else:
-                room = len(self._inbox) < self._settings.window
+                room = len(self._inbox) < self.settings.window
                 self._carry_out(self._session.hear(envelope, frames, now, room=room))
 
     def _carry_out(self, instructions: list[Instruction]) -> None:

@@ -12,7 +12,7 @@ from shared.messages import DatasetIdentity, Heartbeat, LeaseRef, Position, Role
 
 @dataclass(frozen=True)
 class Passport:
-    """What names this process for as long as it lives."""
+    """What names this process for as long as it lives. `nonce` is that of its replica's start: the ranks share it."""
 
     role: Role
     replica: str

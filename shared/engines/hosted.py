@@ -8,6 +8,9 @@ the backend, until a slot is free, so that each starts with the weights of that 
 updates so far) goes to the backend, which keeps prefixes of different epochs apart. A sample that was begun elsewhere
 is to the backend one with a longer prompt and a lower limit. Invariant: results of samples that were aborted, or began
 again, are dropped by identity.
+
+Who waits for a backend stops waiting when a process of it has ended, and when the replica was lost meanwhile: a worker
+that is silent, not dead, is seen by the controller alone.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from shared.bus import BusClient, BusError
 from shared.config.schema import InFlight
 from shared.engines.base import (
     Begun,
@@ -119,7 +123,8 @@ class HostedEngine(Engine):
     """What all such engines share. A backend is started by `_start`, on the engine's thread, within `start_s`.
 
     `stops` are stop token ids; every other call into the backend has to end within `call_s`. With `serve`, the engine
-    answers people, too, on that port of loopback. A vision-language model wants what reads its `images`.
+    answers people, too, on that port of loopback. A vision-language model wants what reads its `images`. With `client`,
+    that of the replica's rank 0, the workers join the replica on the bus while they start.
     """
 
     name = "engine"
@@ -135,6 +140,7 @@ class HostedEngine(Engine):
         call_s: float,
         images: ImageReader | None = None,
         serve: int | None = None,
+        client: BusClient | None = None,
     ) -> None:
         self.version = -1
         self.context = context
@@ -143,6 +149,7 @@ class HostedEngine(Engine):
         self._stops = sorted(set(stops))
         self._call_s = call_s
         self._images = images
+        self._client = client
         self._waiting: deque[Sample] = deque()
         self._running: dict[tuple[Hashable, int], Sample] = {}
         self._asked: dict[Hashable, _Asked] = {}
@@ -168,7 +175,10 @@ class HostedEngine(Engine):
 
     @abstractmethod
     async def _start(self) -> None:
-        """Load the model, with any weights, and be ready to generate. EngineError for what cannot work here."""
+        """Load the model, with any weights, and be ready to generate. EngineError for what cannot work here.
+
+        Workers join the replica before this returns, if there is one (`shared.engines.ranks.invitation`).
+        """
 
     @abstractmethod
     async def _application(self) -> Application:
@@ -409,8 +419,14 @@ class HostedEngine(Engine):
         """Run a backend's coroutine to its end from the caller's thread."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         until = time.monotonic() + limit_s
-        while not future.done() and time.monotonic() < until and self._death() is None:
-            wait([future], timeout=LOOK_S)
+        try:
+            while not future.done() and time.monotonic() < until and self._death() is None:
+                wait([future], timeout=LOOK_S)
+                if self._client is not None:
+                    self._client.raise_if_ended()
+        except BusError:
+            future.cancel()
+            raise
         if not future.done():
             future.cancel()
             self._raise_if_dead()

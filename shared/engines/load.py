@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from shared.bus import BusClient
 from shared.config import Recipe
 from shared.data.chat import end_of_turn
 from shared.engines.base import Engine
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 
 
 def load_engine(
-    recipe: Recipe, replica: str, role: Literal["rollout", "evaluator"] = "rollout"
+    recipe: Recipe,
+    replica: str,
+    client: BusClient | None = None,
+    *,
+    role: Literal["rollout", "evaluator"] = "rollout",
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
     """The engine of a replica for [model], with the slots of `role`, and its tokenizer.
 
+    `client` is that of the replica's rank 0: the engine's workers join it on the bus as the other ranks.
     ModelError, DataError, or EngineError; EngineDied if a process that it started did not come up.
     """
     from shared.models import load_tokenizer
@@ -27,7 +33,7 @@ def load_engine(
     tokenizer = load_tokenizer(recipe.model)
     if recipe.rollout.engine_of(replica) == "transformers":
         return _transformers(recipe, role, tokenizer), tokenizer
-    return _hosted(recipe, replica, role, tokenizer), tokenizer
+    return _hosted(recipe, replica, client, role, tokenizer), tokenizer
 
 
 def _transformers(recipe: Recipe, role: Literal["rollout", "evaluator"], tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -45,7 +51,11 @@ def _transformers(recipe: Recipe, role: Literal["rollout", "evaluator"], tokeniz
 
 
 def _hosted(
-    recipe: Recipe, replica: str, role: Literal["rollout", "evaluator"], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    replica: str,
+    client: BusClient | None,
+    role: Literal["rollout", "evaluator"],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Engine:
     """An engine of its own environment, which reads the model's configuration from a folder while it starts."""
     from shared.engines.folder import write_folder
@@ -70,6 +80,7 @@ def _hosted(
         "start_s": recipe.timeouts.load_s,
         "call_s": recipe.timeouts.transfer_s,
         "images": images,
+        "client": client,
         "serve": recipe.rollout.port_of(replica) if role == "rollout" else None,
     }
     folder = TemporaryDirectory(prefix="orrery-model-")

@@ -14,9 +14,14 @@ from collections.abc import Iterable
 
 
 class Watched:
-    """Processes whose end is seen at once, whoever their parent is."""
+    """Processes whose end is seen at once, whoever their parent is. The first `ranks` of them hold a part of the model.
 
-    def __init__(self, pids: Iterable[int]) -> None:
+    The rollout is rank 0 of its replica, they are the ranks from 1 on.
+    """
+
+    def __init__(self, pids: Iterable[int], ranks: int = 0) -> None:
+        pids = list(pids)
+        self._names = {pid: f"rank {1 + index} (process {pid})" for index, pid in enumerate(pids[:ranks])}
         self._descriptors: dict[int, int] = {}
         self._gone: int | None = None
         for pid in pids:
@@ -25,8 +30,12 @@ class Watched:
             except ProcessLookupError:
                 self._gone = pid
 
-    def ended(self) -> int | None:
-        """One of them that has ended; cheap, from any thread."""
+    def ended(self) -> str | None:
+        """The name of one that has ended; cheap, from any thread."""
+        pid = self._ended()
+        return self._names.get(pid, f"process {pid}") if pid is not None else None
+
+    def _ended(self) -> int | None:
         if self._gone is not None:
             return self._gone
         looking = select.poll()  # select() knows descriptors below 1024 alone

@@ -21,6 +21,7 @@ from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import LOOK_S, HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
+from shared.engines.ranks import invitation
 from shared.engines.schemes import Schemes, scheme_for
 from shared.models.images import Pixels
 from shared.weights import StagedWeights
@@ -99,7 +100,7 @@ class SglangEngine(HostedEngine):
             )
         from sglang.srt.entrypoints.engine import Engine
 
-        from shared.engines.sglang_worker import LOADER
+        from shared.engines.sglang_worker import LOADER, join_hook
 
         self._engine = Engine(
             model_path=str(self._folder),
@@ -108,6 +109,7 @@ class SglangEngine(HostedEngine):
             skip_server_warmup=True,
             load_format="dummy",
             custom_weight_loader=[LOADER],
+            forward_hooks=[join_hook(invitation(self._client, self._call_s))] if self._client is not None else None,
             dtype=self._dtype,
             random_seed=self._seed,
             quantization=scheme,
@@ -123,7 +125,7 @@ class SglangEngine(HostedEngine):
             log_level="warning",
             **(self._on_cpu() if on_cpu else {"mem_fraction_static": self._memory}),
         )
-        self._processes = Watched(self._engine.get_all_child_pids())
+        self._processes = Watched(self._engine.get_all_child_pids(), self._parallel.ranks)
 
     async def _application(self) -> Application:
         from sglang.srt.entrypoints import http_server
@@ -248,7 +250,7 @@ class SglangEngine(HostedEngine):
 
     def _death(self) -> str | None:
         ended = self._processes.ended()
-        return f"its process {ended} ended; its log is above" if ended is not None else None
+        return f"its {ended} ended; its log is above" if ended is not None else None
 
     def _report(self) -> Report:
         self._counts.prefix_hits = self._cached_tokens / max(1, self._prompt_tokens)

@@ -1,12 +1,16 @@
-"""Inside SGLang's scheduler processes: weights from the rollout's shared memory, as a custom weight loader.
+"""Inside SGLang's scheduler processes: weights from the rollout's shared memory, as a custom weight loader; ranks.
 
 SGLang imports `load_shared` by name for updates of that format, and calls it with the model and one empty tensor, whose
 name says where the weights lie: a name can be read by every rank, a tensor's memory by one. Each rank maps the same
 memory and its layers' own loaders take the slices that are theirs.
+
+At its start each scheduler calls `join_replica`, the factory of a forward hook, which makes no hook: it is the place
+where SGLang lets others' code run in a scheduler whose model stands.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from shared.engines.checkpoint import checkpoint_tensors
+from shared.engines.ranks import join
 from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
 LOADER = "shared.engines.sglang_worker.load_shared"
@@ -51,3 +56,20 @@ def load_shared(model: Any, named: Sequence[tuple[str, torch.Tensor]]) -> None:
         mm_schedule.embedding_cache.clear()
     here = get_parallel()
     open_shared(place.taken, place.ranks)[here.pp_rank * here.tp_size + here.tp_rank] = 1
+
+
+def join_hook(invitation: bytes) -> dict[str, Any]:
+    """What SGLang is given as a forward hook, so that each scheduler joins the replica."""
+    return {
+        "name": "ranks of the replica",
+        "target_modules": ["*"],
+        "hook_factory": f"{__name__}:{join_replica.__name__}",
+        "config": {"invitation": invitation.decode()},
+    }
+
+
+def join_replica(config: dict[str, str]) -> None:
+    """Be a rank of the replica, on the bus."""
+    # it would warn that there is no hook in what comes back
+    logging.getLogger("sglang.srt.model_executor.hook_manager").setLevel(logging.ERROR)
+    join(config["invitation"].encode(), torch.distributed.get_rank())

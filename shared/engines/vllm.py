@@ -19,6 +19,7 @@ from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched, own_engines
+from shared.engines.ranks import invitation
 from shared.engines.schemes import Schemes, scheme_for
 from shared.weights import StagedWeights
 
@@ -166,7 +167,9 @@ class VllmEngine(HostedEngine):
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[self._meter.logger()])
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest())
         await self._engine.update_weight_version(str(self.version))
-        self._workers = Watched(await self._engine.collective_rpc("process_id"))
+        self._workers = Watched(await self._engine.collective_rpc("process_id"), self._parallel.ranks)
+        if self._client is not None:
+            await self._engine.collective_rpc("join_replica", args=(invitation(self._client, self._call_s),))
 
     def _for_images(self, on_cpu: bool) -> dict[str, Any]:
         return {
@@ -250,15 +253,16 @@ class VllmEngine(HostedEngine):
         await self._engine.resume_generation()
 
     async def _stop(self) -> None:
-        self._workers.close()
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
+        self._workers.kill()  # one that is stopped cannot end by itself
+        self._workers.close()
 
     def _death(self) -> str | None:
         ended = self._workers.ended()
         if ended is not None:
-            return f"its worker {ended} ended; its log is above"
+            return f"its {ended} ended; its log is above"
         if self._engine is not None and self._engine.errored:
             return "its scheduler ended; its log is above"
         return None

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from shared.engines.checkpoint import checkpoint_tensors
 from shared.engines.processes import die_with_owner
+from shared.engines.ranks import join
 from shared.engines.vllm_names import BACKEND
 from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
@@ -106,6 +107,12 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(
 
 class WorkerExtension:
     """Mixed into vLLM's worker; its import registers the transfer backend."""
+
+    rank: int  # among all workers of the engine
+
+    def join_replica(self, invitation: bytes) -> None:
+        """Be a rank of the replica, on the bus."""
+        join(invitation, self.rank)
 
     def process_id(self) -> int:
         """The worker's."""

@@ -71,6 +71,7 @@ def run_replica(
         arguments.controller,
         role=role,
         replica=arguments.replica,
+        world=recipe.rollout.world_of(arguments.replica),
         settings=recipe.bus,
         datasets=[dataset.identity for dataset in datasets.values()],
     )

@@ -4,6 +4,9 @@
     policy, or a replica that is done --mesh--> weights receiver --staged--> engine (between two decode steps)
                                                                     `--> publisher --mesh--> the next replicas
 
+This is rank 0 of its replica. The engine starts as soon as the replica is registered, since its worker processes are
+the other ranks, without which the replica is not whole (`shared.engines.ranks`).
+
 Each turn of the loop takes what the bus brought, swaps in weights that have arrived, advances the engine by one decode
 step, and reports what was judged; with nothing to do it sleeps in `receive`. Invariant: every grant that was taken is
 answered once - by a report, or by a return with its cause - unless the controller took it back itself.
@@ -82,13 +85,13 @@ DRAIN_SHARE = 0.5
 REMEMBERED = 4096
 """Answered attempts that are remembered, so that a repeated lease on one is ignored."""
 
-LoadEngine = Callable[[Recipe, str], "tuple[Engine, PreTrainedTokenizerBase]"]
-"""Makes the engine of a replica of that name."""
+LoadEngine = Callable[[Recipe, str, BusClient], "tuple[Engine, PreTrainedTokenizerBase]"]
+"""Makes the engine of a replica of that name, whose rank 0 has this client."""
 MakeReport = Callable[[Group, Sequence[Score]], tuple[GroupReport, list[Frame]]]
 
 
 class EngineService:
-    """One replica of one rank. `datasets` are those that leases may name; `judge` scores what is generated.
+    """Rank 0 of one replica. `datasets` are those that leases may name; `judge` scores what is generated.
 
     `report` makes the message of a scored group, and its frames. Errors of the kinds in `fatal` end the run.
     """
@@ -149,6 +152,7 @@ class EngineService:
     def run(self) -> int:
         """Serve until the run is over; returns the exit code of the process."""
         try:
+            self.start()
             while self._code is None:
                 self.turn()
             return self._code
@@ -175,6 +179,19 @@ class EngineService:
         self._log.error("this replica cannot go on", why=str(error))
         self._client.send(ReplicaFailed(str(error), fatal=True))
         return EXIT_FATAL
+
+    def start(self) -> None:
+        """Make the engine, once; its worker processes register as the other ranks meanwhile."""
+        if self._generation is not None:
+            return
+        self._client.progress("loading", 0)
+        started = time.perf_counter()
+        engine, self._tokenizer = self._load(self._recipe, self._replica, self._client)
+        deterministic = self._recipe.run.deterministic
+        self._generation = Generation(engine, self._tokenizer, self._datasets, deterministic=deterministic)
+        bucket_bytes = self._recipe.weights.bucket_mb * MEGABYTE
+        self._receiver = WeightsReceiver(self._meshes, engine.manifest, bucket_bytes)
+        self._log.info("engine ready", engine=type(engine).__name__, seconds=_since(started))
 
     def stop(self) -> None:
         """Drain and leave; asked a second time, hand everything over after this turn. Safe in a signal handler."""
@@ -259,15 +276,6 @@ class EngineService:
     # --- model and weights ------------------------------------------------------------------------------------------
 
     def _load_state(self, message: LoadState) -> None:
-        if self._generation is None:
-            self._client.progress("loading", 0)
-            started = time.perf_counter()
-            engine, self._tokenizer = self._load(self._recipe, self._replica)
-            deterministic = self._recipe.run.deterministic
-            self._generation = Generation(engine, self._tokenizer, self._datasets, deterministic=deterministic)
-            bucket_bytes = self._recipe.weights.bucket_mb * MEGABYTE
-            self._receiver = WeightsReceiver(self._meshes, engine.manifest, bucket_bytes)
-            self._log.info("engine ready", engine=type(engine).__name__, seconds=_since(started))
         self._client.send(StateLoaded(message.position))
 
     def _receive_weights(self, message: ReceiveWeights) -> None:

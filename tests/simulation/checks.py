@@ -23,6 +23,7 @@ from services.controller.core.outcome import (
     HandedOver,
     Joined,
     Judged,
+    Leased,
     PartialDropped,
     Reported,
     Revised,
@@ -43,6 +44,8 @@ ROLES: tuple[Role, ...] = ("policy", "rollout", "evaluator")
 MOST_EVENTS = 40_000
 MOST_RECORDS_AT_ONCE = 600
 _ENCODER = msgspec.msgpack.Encoder()
+NOTICE_S = 3.0
+"""Longer than it may take the controller to say so, it may not take it to notice that a rank is gone."""
 REVOKE_S = 3.0
 """A member that is connected must have heard of a revoke after this."""
 
@@ -62,6 +65,9 @@ class Checks:
         self._assigned: dict[int, int] = {}
         self._joined: dict[tuple[str, int], int] = {}
         self._processes: dict[tuple[str, int, int], int] = {}
+        self._starts: dict[tuple[str, int], int] = {}
+        self._incarnations: dict[tuple[str, int], int] = {}
+        self._ended: dict[tuple[str, int, int], float] = {}
         self._by_step: dict[tuple[int, int], str] = {}
         self._by_version: dict[tuple[int, int], str] = {}
         self._held: dict[tuple[int, Position], str] = {}
@@ -114,6 +120,10 @@ class Checks:
             elif isinstance(fact, Assigned):
                 if self._assigned.setdefault(fact.attempt, number) != number:
                     self.broken(f"attempt {fact.attempt} at a step was assigned before, by another event")
+            elif isinstance(fact, Leased):
+                missing = core.state.fleet.replicas[fact.replica].missing
+                if missing:
+                    self.broken(f"group {fact.group} is leased to {fact.replica}, whose ranks {missing} are not there")
             elif isinstance(fact, Joined):
                 self._joined[fact.replica, fact.incarnation] = number
             elif isinstance(fact, Revised):
@@ -148,6 +158,7 @@ class Checks:
         if not math.isfinite(deadline) or deadline > state.now + longest + 1.0:
             self.broken(f"the next deadline is {deadline - state.now:.1f} s away")
         self._check_meshes(core, now)
+        self._check_ranks(core, now)
 
     def durable(self, number: int) -> None:
         """The journal is on the disk up to here."""
@@ -178,9 +189,19 @@ class Checks:
         nonce = self._processes.setdefault(key, process.nonce)
         if nonce != process.nonce:
             self.broken(f"{process.name} is welcomed as incarnation {incarnation}, which process {nonce} had")
+        start = self._starts.setdefault((process.replica, incarnation), process.nonce)
+        if start != process.nonce:
+            self.broken(f"{process.name} is welcomed as incarnation {incarnation}, that of start {start}")
+        first = self._incarnations.setdefault((process.replica, process.nonce), incarnation)
+        if process.ranks > 1 and first != incarnation:
+            self.broken(f"{process.name} of {process.ranks} ranks was incarnation {first} and is now {incarnation}")
         number = self._joined.get((process.replica, incarnation))
         if number is None or number > self._durable:
             self.broken(f"{process.name} was welcomed as incarnation {incarnation}, which is not in the journal")
+
+    def ended(self, process: Rank) -> None:
+        """A process is gone, and the controller has to notice."""
+        self._ended[process.replica, process.nonce, process.rank] = self.world.now
 
     def acknowledged(self, process: Rank, message: AnyMessage) -> None:
         """A rank will not say this again: a controller must have taken it."""
@@ -318,12 +339,14 @@ class Checks:
                 if state.version - oldest > self._bound:
                     self.broken(f"version {state.version} is committed while {group} runs, begun with {begun}")
         for replica in fleet.live():
-            if replica.state in ("joining", "loading") and replica.confirmed and replica.deadline is None:
-                self.broken(f"{replica.name} is {replica.state} without a deadline")
+            if replica.deadline is None and (replica.state in ("joining", "loading") or not replica.confirmed):
+                self.broken(f"{replica.name} is {replica.state}, confirmed: {replica.confirmed}, without a deadline")
+            if replica.state != "joining" and sorted(replica.pids) != list(range(replica.world)):
+                self.broken(f"{replica.name} is {replica.state} with the ranks {replica.pids} of {replica.world}")
             if replica.state == "ready":
                 held = replica.position
-                chain = self._held.get((replica.nonces[0], held)) if held is not None else None
-                if held is None or (chain is None and not self._renamed(replica.nonces[0], held)):
+                chain = self._held.get((replica.nonce, held)) if held is not None else None
+                if held is None or (chain is None and not self._renamed(replica.nonce, held)):
                     self.broken(f"{replica.name} is ready with {held}, which it never held")
                 elif replica.role != "policy" and held.lineage == state.lineage:
                     true = self._by_version.get((held.lineage, held.version))
@@ -498,6 +521,19 @@ class Checks:
             ready = [n for n in live if fleet.replicas[n].state == "ready" and fleet.replicas[n].confirmed]
             if [r.name for r in fleet.ready(role)] != ready:
                 self.broken(f"the fleet lists {fleet.ready(role)} as ready, it should be {ready}")
+
+    def _check_ranks(self, core: Core, now: float) -> None:
+        """A replica is lost soon after the end of any of its ranks."""
+        assert self.fleet is not None
+        controller, recipe = self.fleet.controller, self.plan.recipe
+        if controller is None or controller.core is not core:
+            return
+        longest = recipe.bus.lost_after_s + recipe.timeouts.rejoin_s + NOTICE_S
+        for replica in core.state.fleet.live():
+            for rank in replica.pids:
+                at = self._ended.get((replica.name, replica.nonce, rank), now)
+                if now - max(at, controller.began_at) > longest:
+                    self.broken(f"rank {rank} of {replica.name} ended {now - at:.1f} s ago, and it is {replica.state}")
 
     def _check_meshes(self, core: Core, now: float) -> None:
         """Whoever uses a mesh that was revoked hears of it soon."""

@@ -67,6 +67,7 @@ def draw_faults(seed: int, plan: Plan) -> list[Fault]:
         )
     if "policy-1" in plan.replicas:
         faults += _draw_policy_faults(seed, plan, lasts) if count else []
+    faults += _draw_rank_faults(seed, plan, lasts) if count else []
     faults += _draw_steering(seed, plan, lasts)
     faults += _draw_departures(seed, plan, lasts)
     return sorted(faults, key=lambda fault: fault.at)
@@ -83,6 +84,19 @@ def _draw_policy_faults(seed: int, plan: Plan, lasts: float) -> list[Fault]:
             draw.randint(0, 60), draw.random(),
         )
         for _ in range(draw.choice([2, 4, 8]))
+    ]  # fmt: skip
+
+
+def _draw_rank_faults(seed: int, plan: Plan, lasts: float) -> list[Fault]:
+    """Trouble of one rank among several; from a stream of its own."""
+    several = [name for name, ranks in plan.replicas.items() if ranks > 1]
+    draw = random.Random(f"{seed}/rank faults")
+    return [
+        Fault(
+            draw.choice(sorted(_RANK_KINDS)), draw.uniform(0.0, lasts), draw.uniform(0.05, 8.0), draw.choice(several),
+            draw.randint(0, 60), draw.random(),
+        )
+        for _ in range(draw.choice([0, 2, 4]) if several else 0)
     ]  # fmt: skip
 
 
@@ -119,7 +133,7 @@ def strike(fleet: Fleet, fault: Fault) -> None:
     """Let it happen."""
     if not fleet.complete and fleet.calm_since is None:
         fleet.world.say(f"FAULT {fault}")
-        (_KINDS | _STEERING | _POLICY_KINDS)[fault.kind](fleet, fault)
+        (_KINDS | _STEERING | _POLICY_KINDS | _RANK_KINDS)[fault.kind](fleet, fault)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -141,6 +155,17 @@ def _kill_at_commit(fleet: Fleet, fault: Fault) -> None:
 def _freeze(fleet: Fleet, fault: Fault) -> None:
     for process in fleet.named(fault.who)[: 1 + fault.number % 3]:
         process.freeze(fault.seconds * 2)
+
+
+def _freeze_rank(fleet: Fleet, fault: Fault) -> None:
+    ranks = fleet.named(fault.who)
+    if ranks:
+        ranks[fault.number % len(ranks)].freeze(fault.seconds)
+
+
+def _cut_rank(fleet: Fleet, fault: Fault) -> None:
+    name = f"{fault.who}/{fault.number % fleet.plan.replicas[fault.who]}"
+    fleet.network.partition(fault.seconds, lambda link: link == name)
 
 
 def _hang(fleet: Fleet, fault: Fault) -> None:
@@ -316,6 +341,11 @@ def _status(fleet: Fleet, fault: Fault) -> None:
     fleet.ask(StatusRequest())
 
 
+_RANK_KINDS: dict[str, Callable[[Fleet, Fault], None]] = {
+    "kill rank": _kill,
+    "freeze rank": _freeze_rank,
+    "cut rank": _cut_rank,
+}
 _POLICY_KINDS: dict[str, Callable[[Fleet, Fault], None]] = {"bad state": _bad_state, "torn sum": _torn_sum}
 
 

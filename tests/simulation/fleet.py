@@ -156,13 +156,20 @@ class Fleet:
             self.world.after(seconds, lambda process=process: process.kill(EXIT_FENCED, "unasked for"))  # type: ignore[misc]
 
     def _start(self, name: str, size: int, datasets: tuple[DatasetIdentity, ...]) -> None:
+        """A policy's ranks begin together; those of an engine are started by rank 0 (see `start_workers`)."""
         role: Role = next(role for role in ROLES if name.startswith(role))
-        self.processes[name] = []
-        for rank in range(size):
-            process = Rank(self, role, name, rank, size, datasets)
-            if rank == 0:
-                self.services[process.nonce] = Policy(process) if role == "policy" else Rollout(process)
-            self.processes[name].append(process)
+        first = Rank(self, role, name, 0, size, self.world.count("nonce"), datasets)
+        self.processes[name] = [first]
+        self.services[first.pid] = Policy(first) if role == "policy" else Rollout(first)
+        if role == "policy":
+            self.start_workers(first)
+
+    def start_workers(self, first: Rank) -> None:
+        """The other ranks of a replica begin."""
+        for rank in range(1, first.ranks):
+            process = Rank(self, first.role, first.replica, rank, first.ranks, first.nonce, first.datasets)
+            siblings = self.zombies if first in self.zombies else self.processes[first.replica]
+            siblings.append(process)
 
     def want(self, name: str, ranks: int) -> None:
         """Somebody starts this replica by hand, and again whenever it ends."""
@@ -173,7 +180,7 @@ class Fleet:
     def terminate(self, name: str) -> None:
         """SIGTERM for the first rank of a replica."""
         for process in self.named(name)[:1]:
-            service = self.services.get(process.nonce)
+            service = self.services.get(process.pid)
             if service is not None:
                 process.when_awake(service.terminate)
 
@@ -210,7 +217,7 @@ class Fleet:
         if self._wanted.pop(name, None) is None:
             return
         for process in list(self.processes.get(name, [])):
-            service = self.services.get(process.nonce)
+            service = self.services.get(process.pid)
             if isinstance(service, Rollout):
                 process.when_awake(lambda service=service: service.drain("a person asked it to leave"))  # type: ignore[misc]
 
@@ -220,8 +227,13 @@ class Fleet:
         self.start(name)
 
     def ended(self, process: Rank, code: int) -> None:
-        """A process is gone: its siblings follow, and the launcher starts the replica again."""
-        self.services.pop(process.nonce, None)
+        """A process is gone: the launcher starts the replica again.
+
+        The others follow rank 0. The end of another is seen by rank 0 soon if it is on its machine, which it says; or
+        by nobody but the controller.
+        """
+        self.services.pop(process.pid, None)
+        self.checks.ended(process)
         if process in self.zombies:
             self.zombies.remove(process)
             return
@@ -231,7 +243,11 @@ class Fleet:
         ranks.remove(process)
         if not ranks:
             self.processes.pop(process.replica, None)
-        self.world.after(0.2, lambda: [r.kill(code, "its rank's sibling is gone") for r in list(ranks)] and None)
+        if process.rank == 0:
+            self.world.after(0.2, lambda: [r.kill(code, "its rank 0 is gone") for r in list(ranks)] and None)
+        elif self._chance.random() < 0.5:
+            for first in [sibling for sibling in ranks if sibling.rank == 0]:
+                first.later(0.2, lambda first=first: first.fail(f"rank {process.rank} ended"))  # type: ignore[misc]
         if self.mischief and self._chance.random() < 0.5 and code != EXIT_DONE:
             self.world.after(0.3, lambda: self.ask(ReplicaExited(process.replica, process.pid, code)))
         if process.rank == 0 and not self._ending:

@@ -14,7 +14,7 @@ from shared.bus.instructions import Answer, Deliver, FencedOff, Freed, Instructi
 from shared.bus.session import Phase, ReplicaSession
 from shared.bus.standing import Passport, Standing
 from shared.bus.wire import Frames
-from shared.messages import AnyMessage, DatasetIdentity, Envelope, Goodbye, Refused, Registered, Role
+from shared.messages import AnyMessage, DatasetIdentity, Envelope, Goodbye, Refused, Registered, ReplicaFailed, Role
 from tests.simulation.network import Link
 
 if TYPE_CHECKING:
@@ -25,22 +25,32 @@ EXIT_DONE, EXIT_FAILED, EXIT_FATAL, EXIT_FENCED = 0, 1, 3, 4
 
 
 class Rank:
-    """A process. `service` is told what is delivered; ranks other than 0 have none. `ended` is told the exit code."""
+    """A process. `service` is told what is delivered; ranks other than 0 have none. `ended` is told the exit code.
+
+    `nonce` is that of the replica's start; `on_welcome` is told when it is registered for the first time.
+    """
 
     def __init__(
-        self, fleet: Fleet, role: Role, replica: str, rank: int, world: int, datasets: tuple[DatasetIdentity, ...]
+        self,
+        fleet: Fleet,
+        role: Role,
+        replica: str,
+        rank: int,
+        ranks: int,
+        nonce: int,
+        datasets: tuple[DatasetIdentity, ...],
     ) -> None:
         self.fleet, self.world = fleet, fleet.world
-        self.role, self.replica, self.rank = role, replica, rank
+        self.role, self.replica, self.rank, self.ranks = role, replica, rank, ranks
+        self.datasets = datasets
         settings = fleet.plan.recipe.bus
-        nonce = self.world.count("nonce")
-        self.nonce = self.pid = nonce
+        self.nonce, self.pid = nonce, self.world.count("process")
         self.name = f"{replica}/{rank}*{nonce}"
         self.alive, self.frozen, self.hung = True, False, False
         self.woke_at = 0.0
         self.standing = Standing(lambda: self.world.now)
         self.session = ReplicaSession(
-            Passport(role, replica, rank, world, nonce, nonce, "here", datasets),
+            Passport(role, replica, rank, ranks, nonce, self.pid, "here", datasets),
             self.standing,
             heartbeat_s=settings.heartbeat_s,
             resend_s=settings.resend_s,
@@ -50,6 +60,7 @@ class Rank:
         self.inbox: deque[tuple[AnyMessage, Frames]] = deque()
         self.on_message: Callable[[], None] = self.inbox.clear
         self.on_exit: Callable[[str], None] = lambda cause: None
+        self.on_welcome: Callable[[], None] = lambda: None
         self.welcomed = False
         self._settings = settings
         self._unsent: deque[tuple[AnyMessage, Frames]] = deque()
@@ -90,6 +101,12 @@ class Rank:
         if self._leaving is None:
             self.send(Goodbye(cause))
             self._leaving = (code, self.world.now + 3.0)
+
+    def fail(self, cause: str) -> None:
+        """Say what cannot be mended, wait a little until that is acknowledged, exit."""
+        if self._leaving is None:
+            self.send(ReplicaFailed(cause, fatal=False))
+            self._leaving = (EXIT_FAILED, self.world.now + 3.0)
 
     def when_awake(self, action: Callable[[], None]) -> None:
         """Do something now, or when this process runs again; never when it is dead."""
@@ -209,7 +226,9 @@ class Rank:
         self.fleet.checks.welcomed(self, registered.incarnation, self.session.term)
         self.world.say(f"{self.name} is incarnation {registered.incarnation} in term {self.session.term}")
         self.welcomed = True
-        if not first:
+        if first:
+            self.when_awake(self.on_welcome)
+        else:
             self._deliver(registered, ())
 
     def _deliver(self, message: AnyMessage, frames: Frames) -> None:

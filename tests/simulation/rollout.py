@@ -78,6 +78,7 @@ class Rollout:
         self._leaving = False
         self._chance = process.world.chance(f"service {process.name}")
         self._deterministic = self.fleet.plan.recipe.run.deterministic
+        process.on_welcome = self._start_engine
         process.on_message = self._take
         process.on_exit = self.meshes.close
 
@@ -99,6 +100,12 @@ class Rollout:
         """SIGTERM: say so, and hand back a little later what is not finished by then."""
         self.process.send(Leaving("SIGTERM"))
         self.process.later(2.0 * self._chance.random(), lambda: self.drain("SIGTERM"))
+
+    def _start_engine(self) -> None:
+        """Its workers are the other ranks of the replica."""
+        if self.process.ranks > 1:
+            seconds = 0.8 * self._speed * self._chance.random()
+            self.process.later(seconds, lambda: self.fleet.start_workers(self.process))
 
     def _take(self) -> None:
         process = self.process

@@ -161,7 +161,7 @@ def _replicas(picture: Picture) -> RenderableType:
     for replica in picture.status["replicas"]:
         age = replica["heard_s"]
         table.add_row(
-            replica["name"],
+            _named(replica),
             Text(replica["state"], style=_STATES.get(replica["state"], "cyan")),
             replica["doing"],
             "" if replica["version"] is None else str(replica["version"]),
@@ -172,3 +172,13 @@ def _replicas(picture: Picture) -> RenderableType:
             str(replica["incarnation"] - 1),
         )
     return table
+
+
+def _named(replica: dict[str, Any]) -> str:
+    """Its name, and how many ranks it has, if it has several; those of them that are there while others are not."""
+    ranks, missing = replica["ranks"], len(replica["missing"])
+    if ranks == 1:
+        return str(replica["name"])
+    return (
+        f"{replica['name']} ({ranks - missing} of {ranks} ranks)" if missing else f"{replica['name']} ({ranks} ranks)"
+    )

@@ -186,7 +186,7 @@ def _begin_term(turn: Turn, term: int) -> None:
     state.stages.reopen()
     turn.progress()
     for replica in state.fleet.live():
-        state.fleet.confirm(replica, False, state.now + turn.recipe.timeouts.rejoin_s)
+        state.fleet.doubt(replica, state.now + turn.recipe.timeouts.rejoin_s)
     for epoch in list(state.meshes.unformed):
         syncing.revoke_mesh(turn, epoch, "the controller died while it was forming", failed=False)
     for group in state.ledger.having("leased"):
@@ -202,29 +202,20 @@ def _begin_term(turn: Turn, term: int) -> None:
 def _register(turn: Turn, register: Register) -> None:
     state = turn.state
     returning = state.fleet.knows(register)
-    replica = state.fleet.same_process(register)
-    if replica is not None:
-        if not replica.confirmed:
-            loads = replica.state in ("joining", "loading")
-            until = state.now + turn.recipe.timeouts.load_s if loads else None
-            if replica.state == "draining":
-                until = draining.gone_by(turn, replica)
-            state.fleet.confirm(replica, True, until)
-            state.ledger.hungry[replica.name] = None
-            syncing.consider(turn, replica)
+    replica = state.fleet.same_start(register)
+    if replica is None:
+        before = state.fleet.replicas.get(register.replica)
+        if before is not None and before.live:
+            losing.lose(turn, before, "a new process took its name")
+        replica = state.fleet.enter(register, state.now)
+        turn.fact(Joined(replica.name, replica.role, replica.incarnation))
+        replica.deadline = state.now + turn.recipe.timeouts.load_s
     else:
-        replica = state.fleet.next_rank_of(register)
-        if replica is not None:
-            state.fleet.add_rank(replica, register)
-        else:
-            before = state.fleet.replicas.get(register.replica)
-            if before is not None and before.live:
-                losing.lose(turn, before, "a new process took its name")
-            replica = state.fleet.enter(register, state.now)
-            turn.fact(Joined(replica.name, replica.role, replica.incarnation))
-            replica.deadline = state.now + turn.recipe.timeouts.load_s
-        if len(replica.nonces) == replica.world:
-            _complete(turn, replica, register)
+        state.fleet.hear(replica, register)
+        if not replica.confirmed and not replica.absent:
+            _confirm(turn, replica)
+    if replica.state == "joining" and not replica.missing:
+        _complete(turn, replica, register)
     held = {(ref.group, ref.attempt) for ref in register.leases}
     leased = state.ledger.held_by(replica.name)
     standing = [(group.id, group.attempt) for group in leased if (group.id, group.attempt) in held]
@@ -236,6 +227,17 @@ def _register(turn: Turn, register: Register) -> None:
     if returning and register.rank == 0:
         for epoch in state.meshes.revoked_of(replica.name):
             turn.send(replica, RevokeMesh(epoch, "it was revoked, perhaps while this rank had no session"))
+
+
+def _confirm(turn: Turn, replica: Replica) -> None:
+    """Every rank that had registered before this term has done so again."""
+    state = turn.state
+    until = state.now + turn.recipe.timeouts.load_s if replica.state in ("joining", "loading") else None
+    if replica.state == "draining":
+        until = draining.gone_by(turn, replica)
+    state.fleet.confirm(replica, True, until)
+    state.ledger.hungry[replica.name] = None
+    syncing.consider(turn, replica)
 
 
 def _complete(turn: Turn, replica: Replica, register: Register) -> None:

@@ -67,7 +67,11 @@ def expire(turn: Turn) -> None:
     for replica in state.fleet.live():
         if replica.deadline is not None and replica.deadline <= now:
             waited = _WAITS.get(replica.state, "timeouts.rejoin_s") if replica.confirmed else "timeouts.rejoin_s"
-            lose(turn, replica, f"the controller waited for it in state {replica.state} past {waited}")
+            cause = f"the controller waited for it in state {replica.state} past {waited}"
+            if replica.world > 1 and replica.missing:
+                absent = ", ".join(map(str, replica.missing))
+                cause += f"; of its {replica.world} ranks these did not register: {absent}"
+            lose(turn, replica, cause)
     for mesh in [state.meshes.meshes[epoch] for epoch in state.meshes.unformed]:
         if mesh.deadline <= now:
             missing = [m.replica for m in mesh.members if m.replica not in mesh.formed]

@@ -2,7 +2,8 @@
 
     joining -> loading -> stale -> ready -> draining -> left           any live state -> lost
 
-- joining: some of its ranks have registered; loading: all have, the model is being made;
+- joining: some of its ranks have registered (an engine's workers do when it has started); loading: all have, and it
+  was asked for its model;
 - stale: the model stands but its weights are not the published ones; ready: they were, and their digest was checked
   (a policy is ready when it holds the committed state, and stale while others do and it does not);
 - *busy* is not a state of its own: a ready replica with leases or a step in hand is busy.
@@ -10,6 +11,9 @@
 The transition that must not exist: lost -> ready. What comes back after a loss is a new incarnation that starts at
 joining and can only become ready through stale and a weight sync (a policy: by loading, by receiving another's state,
 or by proving at registration that it still holds the committed one).
+
+Ranks live and die together: the loss of one is the replica's. A process that was lost alone proves by registering that
+it lives; one of several proves it of itself alone, so that a lost replica of several ranks comes back as new processes.
 """
 
 from __future__ import annotations
@@ -22,14 +26,16 @@ import msgspec
 from shared.messages import DatasetIdentity, MeshMember, Position, Register, Role
 
 ReplicaState = Literal["joining", "loading", "stale", "ready", "draining", "left", "lost"]
-PROCESSES_KEPT = 64
-"""Former processes of a rank that are remembered as such."""
+STARTS_KEPT = 64
+"""Former starts of a replica that are remembered as such."""
 LIVE: tuple[ReplicaState, ...] = ("joining", "loading", "stale", "ready", "draining")
 
 
 class Replica(msgspec.Struct):
     """One incarnation of a replica. `position` is what it holds, as acknowledged; None: nothing usable.
 
+    `nonce` is that of its start, which its ranks share; `pids` are the processes of those that have registered, by
+    rank; `absent` are the ones among them that this term has not heard from.
     `doubtful`: a transfer to it was given up, so its engine may sample with weights that nobody has compared; a policy:
     what it holds differs from what the others hold, and it has yet to forget that.
     `answered` is when it last reported or returned a group.
@@ -39,7 +45,7 @@ class Replica(msgspec.Struct):
     role: Role
     incarnation: int
     world: int
-    nonces: dict[int, int]
+    nonce: int
     pids: dict[int, int]
     host: str
     state: ReplicaState
@@ -49,11 +55,17 @@ class Replica(msgspec.Struct):
     deadline: float | None = None
     doubtful: bool = False
     answered: float = 0.0
+    absent: list[int] = []
 
     @property
     def live(self) -> bool:
         """Whether this incarnation may still act."""
         return self.state in LIVE
+
+    @property
+    def missing(self) -> list[int]:
+        """Its ranks that have yet to register, in this term."""
+        return [rank for rank in range(self.world) if rank not in self.pids or rank in self.absent]
 
     @property
     def member(self) -> MeshMember:
@@ -65,15 +77,15 @@ class Fleet(msgspec.Struct):
     """Every replica that the run has seen, by name, in its latest incarnation; and the data sets they agreed on.
 
     `shelves` index the live ones by role, state and what they hold, so that no event has to look at all of them:
-    state, position and `confirmed` of a replica change through the fleet only. `processes` are the last nonces of each
-    rank, the newest one last: an older process never takes its name back. `leaving` are live ones that were asked to
-    go, with the cause, and are not draining yet.
+    state, position and `confirmed` of a replica change through the fleet only. `starts` are the last nonces of each
+    replica, the newest one last: an older process never takes its name back. `leaving` are live ones that were asked
+    to go, with the cause, and are not draining yet.
     """
 
     replicas: dict[str, Replica] = {}
     shelves: dict[str, dict[str, None]] = {}
     datasets: dict[str, DatasetIdentity] = {}
-    processes: dict[str, list[int]] = {}
+    starts: dict[str, list[int]] = {}
     leaving: dict[str, str] = {}
 
     def live(self, role: Role | None = None) -> list[Replica]:
@@ -122,27 +134,19 @@ class Fleet(msgspec.Struct):
         return None
 
     def superseded(self, register: Register) -> bool:
-        """Whether a newer process has taken this rank's name."""
-        known = self.processes.get(f"{register.replica}/{register.rank}", [])
-        return register.nonce in known[:-1]
+        """Whether a newer start has this replica's name, or the one of this rank was lost, and had several ranks."""
+        replica = self.replicas.get(register.replica)
+        over = replica is not None and not replica.live and replica.world > 1 and replica.nonce == register.nonce
+        return over or register.nonce in self.starts.get(register.replica, [])[:-1]
 
     def knows(self, register: Register) -> bool:
-        """Whether this very process has registered before, in whatever incarnation."""
-        return register.nonce in self.processes.get(f"{register.replica}/{register.rank}", ())
+        """Whether this very start has registered before, in whatever incarnation."""
+        return register.nonce in self.starts.get(register.replica, ())
 
-    def same_process(self, register: Register) -> Replica | None:
-        """The live replica that this registration continues: same name, same process for this rank."""
+    def same_start(self, register: Register) -> Replica | None:
+        """The live replica that this registration is of: its rank comes back, or comes to join the others."""
         replica = self.replicas.get(register.replica)
-        if replica is None or not replica.live:
-            return None
-        return replica if replica.nonces.get(register.rank) == register.nonce else None
-
-    def next_rank_of(self, register: Register) -> Replica | None:
-        """The joining replica that this registration completes: same name, a rank not seen yet."""
-        replica = self.replicas.get(register.replica)
-        if replica is None or replica.state != "joining" or register.rank in replica.nonces:
-            return None
-        return replica if replica.world == register.world else None
+        return replica if replica is not None and replica.live and replica.nonce == register.nonce else None
 
     def enter(self, register: Register, at: float) -> Replica:
         """A new incarnation begins with this rank."""
@@ -152,7 +156,7 @@ class Fleet(msgspec.Struct):
             role=register.role,
             incarnation=before.incarnation + 1 if before else 1,
             world=register.world,
-            nonces={register.rank: register.nonce},
+            nonce=register.nonce,
             pids={register.rank: register.pid},
             host=register.host,
             state="joining",
@@ -160,29 +164,32 @@ class Fleet(msgspec.Struct):
         )
         self.replicas[replica.name] = replica
         self._shelve(replica)
-        self._note_process(register)
+        starts = self.starts.setdefault(register.replica, [])
+        if register.nonce not in starts:
+            starts.append(register.nonce)
+        del starts[:-STARTS_KEPT]
         for seen in register.datasets:
             self.datasets.setdefault(seen.name, seen)
         return replica
 
-    def add_rank(self, replica: Replica, register: Register) -> None:
-        """A further rank of a joining replica is there."""
-        replica.nonces[register.rank], replica.pids[register.rank] = register.nonce, register.pid
-        self._note_process(register)
+    def hear(self, replica: Replica, register: Register) -> None:
+        """A rank of a live replica is there, for the first time or in a new term."""
+        replica.pids[register.rank] = register.pid
+        if register.rank in replica.absent:
+            replica.absent.remove(register.rank)
 
-    def _note_process(self, register: Register) -> None:
-        """This process is the rank now."""
-        known = self.processes.setdefault(f"{register.replica}/{register.rank}", [])
-        if register.nonce not in known:
-            known.append(register.nonce)
-        del known[:-PROCESSES_KEPT]
+    def doubt(self, replica: Replica, until: float) -> None:
+        """A new term: each rank of a live replica has until then to be heard from."""
+        replica.absent = sorted(replica.pids)
+        self.confirm(replica, False, until)
 
     def move(self, replica: Replica, state: ReplicaState, at: float) -> None:
-        """Change a live replica's state; the waits of the old state end."""
+        """Change a live replica's state; the waits of the old state end, but not the one for ranks to be heard from."""
         if not replica.live:
             raise ValueError(f"{replica.name}#{replica.incarnation} is {replica.state} and cannot become {state}")
         self._unshelve(replica)
-        replica.state, replica.since, replica.deadline = state, at, None
+        replica.state, replica.since = state, at
+        replica.deadline = None if replica.confirmed else replica.deadline
         if replica.live:
             self._shelve(replica)
         else:
@@ -196,7 +203,7 @@ class Fleet(msgspec.Struct):
         self._shelve(replica)
 
     def confirm(self, replica: Replica, confirmed: bool, deadline: float | None) -> None:
-        """A live replica was heard from in this term (or, when one begins, not yet)."""
+        """All ranks of a live replica were heard from in this term (or, when one begins, not yet)."""
         self._unshelve(replica)
         replica.confirmed, replica.deadline = confirmed, deadline
         self._shelve(replica)

@@ -60,8 +60,8 @@ def judge_registration(state: State, recipe: Recipe, register: Register) -> Refu
         )
     if state.fleet.superseded(register):
         return Refused(
-            "incarnation", f"the newest process of {register.replica}", f"one before it (pid {register.pid})",
-            "this process was replaced: end it",
+            "incarnation", f"the newest start of {register.replica}",
+            f"rank {register.rank} of one that is over (pid {register.pid})", "this process was replaced: end it",
         )  # fmt: skip
     if recipe.run.deterministic and register.role == "policy":
         names = ", ".join(r.name for r in state.fleet.live("policy") if r.name != register.replica)
@@ -71,6 +71,12 @@ def judge_registration(state: State, recipe: Recipe, register: Register) -> Refu
                 "stop the other one first, or set run.deterministic = false",
             )  # fmt: skip
     known = state.fleet.replicas.get(register.replica)
+    same = state.fleet.same_start(register)
+    if same is not None and same.world != register.world:
+        return Refused(
+            "identity", f"a rank of {same.name}'s {same.world}", f"one of {register.world}",
+            "start all ranks of a replica with the same number of them",
+        )  # fmt: skip
     if known is not None and known.live and known.role != register.role:
         return Refused("identity", f"{register.replica} as {known.role}", register.role, "choose another replica name")
     conflict = state.fleet.dataset_conflict(register)

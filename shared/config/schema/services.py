@@ -94,6 +94,10 @@ class RolloutTable(Table):
         """What a replica of this name ("rollout-2") generates with."""
         return self.engines[_number(replica) % len(self.engines)]
 
+    def world_of(self, replica: str) -> int:
+        """Ranks of a replica of this name: its own process, and those of its engine that hold the model."""
+        return 1 if self.engine_of(replica) == "transformers" else 1 + self.parallel.ranks
+
     def port_of(self, replica: str) -> int | None:
         """Where a replica of this name answers people, if it does."""
         return self.serve + _number(replica) if self.serve is not None else None

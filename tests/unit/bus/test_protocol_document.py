@@ -38,7 +38,7 @@ def test_every_message_tells_sender_class_answer_and_repetition(kind):
 
 
 def test_nothing_is_described_that_is_not_there():
-    prose = {"Limits", "Acknowledgement", "Sessions", "Heartbeats", "Refusals", "Versions"}
+    prose = {"Limits", "Acknowledgement", "Sessions", "Ranks", "Heartbeats", "Refusals", "Versions"}
     assert set(SECTIONS) - prose == {kind.__name__ for kind in (*MESSAGES, *PARTS, Envelope)}
 
 

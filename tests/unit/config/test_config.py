@@ -240,3 +240,9 @@ def test_numbers_of_replicas_that_the_recipe_forbids_are_refused(recipe_file: Pa
     check_scale(recipe, {"rollout": 3})
     with pytest.raises(RecipeError, match=r"rollout\.replicas"):
         check_scale(recipe, {"rollout": 0})
+
+
+def test_an_engine_with_workers_makes_a_replica_of_several_ranks(recipe_file: Path) -> None:
+    engines = 'rollout.engine=["transformers", "vllm", "sglang"]'
+    rollout = load_recipe(recipe_file, [engines, "rollout.parallel.tp=2", "rollout.parallel.pp=2"]).rollout
+    assert [rollout.world_of(f"rollout-{number}") for number in range(4)] == [1, 5, 5, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.controller.core.events import ReplicaRegistered
+from services.controller.core.events import ReplicaLost
 from services.controller.core.fleet import Fleet
 from services.controller.core.outcome import Gone, Joined, Part, Synced, Welcome
 from shared.messages import (
@@ -18,16 +18,13 @@ from shared.messages import (
     SaveCheckpoint,
     StateLoaded,
 )
-from tests.unit.controller.world import DATASETS, World, recipe, small_world
+from tests.unit.controller.world import Model, World, recipe, small_world
 
 
-def rank_of(rank: int, nonce: int, world: int = 2, replica: str = "rollout-0") -> Register:
-    return Register("rollout", replica, rank, world, nonce, nonce, "here", None, [], DATASETS)
-
-
-def enter(world: World, register: Register) -> None:
-    assert world.core.judge_registration(register) is None
-    world.core.step(ReplicaRegistered(at=world.now, register=register))
+def fault_of(world: World, model: Model, rank: int) -> str | None:
+    """What the registration of a rank is refused as."""
+    refusal = world.core.judge_registration(model.register(rank))
+    return refusal.fault if refusal is not None else None
 
 
 def test_a_rollout_lives_from_loading_over_stale_to_ready() -> None:
@@ -63,7 +60,7 @@ def test_a_policy_is_ready_when_it_has_loaded_what_it_was_told() -> None:
 @pytest.mark.parametrize("gone", ["lost", "left"])
 def test_nothing_comes_back_from_lost_or_left(gone: str, state: str) -> None:
     fleet = Fleet()
-    replica = fleet.enter(rank_of(0, 1, world=1), 0.0)
+    replica = fleet.enter(Register("rollout", "rollout-0", 0, 1, 1, 1, "here", None, [], []), 0.0)
     fleet.move(replica, gone, 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"rollout-0#1 is {gone} and cannot become {state}"):
         fleet.move(replica, state, 2.0)  # type: ignore[arg-type]
@@ -127,34 +124,85 @@ def test_a_replaced_process_stays_replaced_after_its_successor_is_lost() -> None
 
 def test_a_replica_of_several_ranks_loads_when_all_of_them_are_there() -> None:
     world = World(recipe())
-    enter(world, rank_of(1, 11))
-    replica = world.core.state.fleet.replicas["rollout-0"]
-    assert replica.state == "joining"
-    enter(world, rank_of(1, 11))  # again: it changes nothing
-    assert (replica.state, replica.incarnation) == ("joining", 1)
-    enter(world, rank_of(0, 10))
-    assert (replica.state, replica.incarnation, replica.nonces) == ("loading", 1, {1: 11, 0: 10})
+    rollout = world.join("rollout-0", "rollout", ranks=3)
+    world.pass_time(100.0)  # an engine takes its time to start
+    for rank in (2, 2, 0):  # again: it changes nothing
+        assert world.register(rollout, rank) is None
+    assert (world.state_of("rollout-0"), rollout.seen) == ("joining", [])
+    world.register(rollout, 1)
+    assert (world.state_of("rollout-0"), rollout.incarnation) == ("loading", 1)
+    assert rollout.seen == [LoadState("initial", Position(1, 0, 0), "")]
 
 
-def test_one_rank_of_a_new_process_set_replaces_the_whole_replica() -> None:
+def test_rank_0_need_not_be_the_first() -> None:
     world = World(recipe())
-    enter(world, rank_of(0, 10))
-    enter(world, rank_of(1, 11))
-    enter(world, rank_of(1, 21))
-    replica = world.core.state.fleet.replicas["rollout-0"]
-    assert (replica.state, replica.incarnation, replica.nonces) == ("joining", 2, {1: 21})
-    enter(world, rank_of(0, 20))
-    assert (replica.state, replica.incarnation) == ("loading", 2)
-    refusal = world.core.judge_registration(rank_of(0, 10))
-    assert refusal is not None
-    assert refusal.fault == "incarnation"
+    rollout = Model(world, "rollout-0", "rollout", 1, ranks=2)
+    world.models["rollout-0"] = rollout
+    world.register(rollout, 1)
+    assert world.state_of("rollout-0") == "joining"
+    world.register(rollout, 0)
+    assert (world.state_of("rollout-0"), rollout.incarnation) == ("loading", 1)
 
 
-def test_a_rank_that_never_joins_costs_the_replica_its_place_in_time() -> None:
+def test_ranks_of_another_start_do_not_join_those_that_are_there() -> None:
+    world = World(recipe())
+    old = world.join("rollout-0", "rollout", ranks=2)
+    new = world.join("rollout-0", "rollout", ranks=2)
+    assert [(fact.incarnation, fact.state) for fact in world.of(Gone)] == [(1, "lost")]
+    for rank in (0, 1):
+        assert fault_of(world, old, rank) == "incarnation"
+    assert world.state_of("rollout-0") == "joining"
+    assert world.register(new, 1) is None
+    assert (world.state_of("rollout-0"), new.incarnation) == ("loading", 2)
+
+
+def test_a_rank_of_another_number_of_ranks_is_refused() -> None:
+    world = World(recipe())
+    rollout = world.join("rollout-0", "rollout", ranks=2)
+    rollout.ranks = 3
+    assert fault_of(world, rollout, 1) == "identity"
+
+
+def test_a_lost_rank_is_the_replicas_loss_and_none_of_its_processes_comes_back() -> None:
+    world = World(recipe())
+    world.join("policy-0", "policy")
+    rollout = world.join("rollout-0", "rollout", ranks=2, slow=True)
+    world.register(rollout, 1)
+    world.run(lambda: len(rollout.working) == 8)
+    world.step(ReplicaLost(at=world.now, replica="rollout-0", incarnation=1, cause="rank 1 silent for 10.1 s"))
+    assert [(fact.state, fact.cause) for fact in world.of(Gone)] == [("lost", "rank 1 silent for 10.1 s")]
+    assert not world.core.state.ledger.having("leased")
+    assert len(world.core.state.ledger.having("queued")) == 8
+    for rank in (0, 1):
+        assert fault_of(world, rollout, rank) == "incarnation"
+
+    new = world.join("rollout-0", "rollout", ranks=2)
+    assert fault_of(world, rollout, 1) == "incarnation"
+    world.pass_time(50.0)
+    assert (world.state_of("rollout-0"), new.seen) == ("joining", []), "a new one waits for all of its own ranks"
+    world.register(new, 1)
+    world.run(lambda: world.state_of("rollout-0") == "ready")
+    assert new.told(ReceiveWeights)
+
+
+def test_a_replica_of_several_ranks_that_left_is_over_for_all_of_them() -> None:
+    world = World(recipe())
+    rollout = world.join("rollout-0", "rollout", ranks=2)
+    world.register(rollout, 1)
+    world.say(rollout, Goodbye("drained"))
+    assert world.state_of("rollout-0") == "left"
+    assert fault_of(world, rollout, 1) == "incarnation"
+
+
+def test_a_rank_that_never_joins_costs_the_replica_its_place_in_time_by_name() -> None:
     world = World(recipe(timeouts={"load_s": 30.0}))
-    enter(world, rank_of(0, 10))
-    world.check_books()
+    rollout = world.join("rollout-0", "rollout", ranks=3)
+    world.register(rollout, 2)
     assert world.core.next_deadline() == world.now + 30.0
+    world.pass_time(31.0)
+    (gone,) = world.of(Gone)
+    assert "timeouts.load_s" in gone.cause  # type: ignore[attr-defined]
+    assert gone.cause.endswith("of its 3 ranks these did not register: 1")  # type: ignore[attr-defined]
 
 
 def test_a_replica_that_never_loads_is_lost_at_a_named_deadline() -> None:

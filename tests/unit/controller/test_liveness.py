@@ -42,6 +42,23 @@ def test_every_rank_counts_for_itself() -> None:
     assert liveness.silent(3.5) == [(OTHER, 3.5)]
 
 
+def test_a_replica_is_as_silent_as_its_most_silent_rank() -> None:
+    liveness = Liveness(10.0)
+    liveness.hear(RANK, 0.0)
+    liveness.hear(OTHER, 0.0)
+    liveness.note(RANK, "generating", 5)
+    liveness.note(OTHER, "computing", 0)
+    liveness.hear(RANK, 4.0)
+    assert liveness.heartbeat("rollout-0", 1, 5.0) == ("generating", 5.0)
+
+
+def test_rank_0_alone_tells_where_a_replicas_time_goes() -> None:
+    liveness = Liveness(10.0)
+    liveness.note(RANK, "generating", 5, {"generating": 3.0})
+    liveness.note(OTHER, "computing", 0, {"computing": 9.0, "starting": 2.0})
+    assert liveness.take_spent() == {"time/rollout/generate": 3.0}
+
+
 def test_who_is_forgotten_is_not_missed() -> None:
     liveness = Liveness(3.0)
     liveness.hear(RANK, 0.0)

@@ -8,7 +8,18 @@ import pytest
 
 from services.controller.core.core import Core
 from services.controller.core.outcome import Committed, Consumed, Gone, RolledBack, Send, Welcome
-from shared.messages import CommitStep, GradientsReady, Lease, LeaseRef, RevokeMesh, StepApplied, TrainStep
+from shared.messages import (
+    CommitStep,
+    GradientsReady,
+    Lease,
+    LeaseRef,
+    LoadState,
+    Position,
+    RevokeMesh,
+    StateLoaded,
+    StepApplied,
+    TrainStep,
+)
 from tests.unit.controller.world import World, recipe, small_world
 
 WHOLE = {
@@ -78,6 +89,50 @@ def test_replaying_from_a_snapshot_after_any_event_gives_the_same_as_replaying_a
         for event in world.events[at:]:
             core.step(event)
         assert core.snapshot() == world.core.snapshot()
+
+
+def test_a_rank_that_does_not_come_back_in_a_new_term_is_the_replicas_loss() -> None:
+    world = World(recipe(timeouts={"rejoin_s": 5.0}))
+    world.join("policy-0", "policy")
+    rollout = world.join("rollout-0", "rollout", ranks=3, slow=True)
+    for rank in (1, 2):
+        world.register(rollout, rank)
+    world.run(lambda: len(rollout.working) == 8)
+    world.crash(rejoin=False)
+    world.register(world.models["policy-0"])
+    told = len(rollout.seen)
+    for rank in (0, 2):
+        assert world.register(rollout, rank) is None
+    world.pass_time(4.0)
+    assert world.state_of("rollout-0") == "ready"
+    assert len(rollout.seen) == told, "it has no orders before all of its ranks are back"
+    world.pass_time(2.0)
+    (gone,) = world.of(Gone)
+    assert (gone.state, "timeouts.rejoin_s" in gone.cause) == ("lost", True)  # type: ignore[attr-defined]
+    assert gone.cause.endswith("of its 3 ranks these did not register: 1")  # type: ignore[attr-defined]
+
+
+def test_rank_0_that_loads_in_a_new_term_does_not_hide_a_rank_that_is_gone() -> None:
+    world = World(recipe(timeouts={"rejoin_s": 5.0}))
+    rollout = world.join("rollout-0", "rollout", ranks=2, silent={LoadState})
+    world.register(rollout, 1)
+    world.crash(rejoin=False)
+    world.register(rollout, 0)
+    world.say(rollout, StateLoaded(Position(1, 0, 0)))
+    assert world.state_of("rollout-0") == "stale"
+    world.pass_time(6.0)
+    assert world.state_of("rollout-0") == "lost"
+
+
+def test_an_engine_that_starts_while_the_controller_dies_has_its_time_anew() -> None:
+    world = World(recipe(timeouts={"rejoin_s": 5.0, "load_s": 60.0}))
+    rollout = world.join("rollout-0", "rollout", ranks=3)
+    world.register(rollout, 1)
+    world.crash(rejoin=False)
+    for rank in (2, 0, 1):  # the last worker registers for the first time
+        world.register(rollout, rank)
+    assert world.state_of("rollout-0") == "loading"
+    assert world.core.state.fleet.replicas["rollout-0"].deadline == world.now + 60.0
 
 
 def test_nobody_is_given_orders_before_it_has_registered_in_the_new_term() -> None:

@@ -142,21 +142,22 @@ class Model:
     digest: str = "same"
     wrong: str = ""
     datasets: list[DatasetIdentity] = field(default_factory=lambda: list(DATASETS))
+    ranks: int = 1
 
-    def register(self) -> Register:
-        """Its introduction: leases in hand, and those whose report is still on its way."""
+    def register(self, rank: int = 0) -> Register:
+        """The introduction of a rank: leases in hand, and those whose report is still on its way."""
         unsent = self.world.under_way(self, GroupReport, LeaseReturned)
         keys = {*self.working, *((message.group, message.attempt) for message in unsent)}
         return Register(
             role=self.role,  # type: ignore[arg-type]
             replica=self.name,
-            rank=0,
-            world=1,
+            rank=rank,
+            world=self.ranks,
             nonce=self.nonce,
-            pid=self.nonce,
+            pid=10 * self.nonce + rank,
             host="here",
-            holds=self.holds,
-            leases=[LeaseRef(*key) for key in sorted(keys)],
+            holds=self.holds if rank == 0 else None,
+            leases=[LeaseRef(*key) for key in sorted(keys)] if rank == 0 else [],
             datasets=self.datasets,
         )
 
@@ -344,7 +345,7 @@ class World:
         silent: set[type] | None = None,
         **named: object,
     ) -> Model:
-        """A new process registers."""
+        """A new process registers, as rank 0 of its replica."""
         self._nonces += 1
         model = Model(self, name, role, self._nonces, holds=holds, slow=slow, silent=silent or set(), **named)  # type: ignore[arg-type]
         if name in self.models:
@@ -354,11 +355,11 @@ class World:
         self.register(model)
         return model
 
-    def register(self, model: Model) -> Refused | None:
-        """Register (again), with the same nonce."""
-        refusal = self.core.judge_registration(model.register())
+    def register(self, model: Model, rank: int = 0) -> Refused | None:
+        """Register a rank (again), with the same nonce."""
+        refusal = self.core.judge_registration(model.register(rank))
         if refusal is None:
-            self.step(ReplicaRegistered(at=self.now, register=model.register()))
+            self.step(ReplicaRegistered(at=self.now, register=model.register(rank)))
         else:
             self.refused.append(refusal)
         return refusal
@@ -519,10 +520,15 @@ class World:
             case Welcome():
                 model = self.models[effect.replica]
                 model.incarnation = effect.incarnation
+                if effect.rank != 0:
+                    return
                 for key in [key for key in model.working if key not in effect.leases]:
                     del model.working[key]
             case Send():
                 model = self.models[effect.replica]
+                assert effect.rank == 0, (
+                    f"{effect.message} is for rank {effect.rank}, which leases and votes for nobody"
+                )
                 if isinstance(effect.message, TrainStep):
                     assert len(effect.payload) == len(effect.message.groups)
                 elif isinstance(effect.message, Lease):

@@ -29,6 +29,7 @@ def text_of(picture: Picture, width: int = 100) -> str:
 
 def replica(name: str, **named: object) -> dict[str, object]:
     base: dict[str, object] = {"name": name, "role": name.partition("-")[0], "state": "ready", "incarnation": 1}
+    base |= {"ranks": 1, "missing": []}
     return base | {"version": 3, "leases": 2, "doing": "generating", "heard_s": 0.4, "seconds": {}} | named
 
 
@@ -54,6 +55,14 @@ def test_flat_and_empty_series_have_a_look_too(values: list[float], low: float |
 
 def test_what_is_not_finite_is_left_out_of_a_sparkline() -> None:
     assert sparkline([0, math.nan, 1, math.inf], 8) == "▁█"
+
+
+def test_a_replica_of_several_ranks_says_how_many_are_there() -> None:
+    whole = replica("rollout-0", ranks=3)
+    starting = replica("rollout-1", ranks=3, missing=[1, 2], state="joining")
+    shown = text_of(Picture("run", status=status(replicas=[whole, starting])))
+    assert "rollout-0 (3 ranks)" in shown
+    assert "rollout-1 (1 of 3 ranks)" in shown
 
 
 def test_before_the_first_step_the_view_says_who_loads() -> None:

@@ -212,7 +212,8 @@ class Rig:
         return self._epoch, received
 
     def ready(self, version: int = 1) -> PreTrainedModel:
-        """Load the engine and give it its first weights."""
+        """Make the engine and give it its first weights."""
+        self.service.start()
         self.tell(LoadState("initial", Position(0, 0, 0), ""))
         return self.sync(version)[0]
 

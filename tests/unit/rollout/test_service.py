@@ -121,6 +121,7 @@ def test_the_completion_text_lacks_the_stop_token_alone(rig: Rig) -> None:
 
 
 def test_before_the_first_weights_leases_are_handed_back(rig: Rig) -> None:
+    rig.service.start()
     rig.tell(LoadState("initial", Position(0, 0, 0), ""), Lease([rig.grant(1)]))
     assert rig.bus.of(StateLoaded) == [StateLoaded(Position(0, 0, 0))]
     assert [(r.group, r.cause) for r in rig.bus.of(LeaseReturned)] == [(1, "handed_back")]
@@ -370,7 +371,6 @@ def test_a_model_that_cannot_be_made_ends_the_run_with_the_reason(rig: Rig) -> N
     build = rig.recipe.model.build.model_copy(update={"heads": 3, "kv_heads": 2})
     model = rig.recipe.model.model_copy(update={"build": build})
     rig.service._recipe = rig.recipe.model_copy(update={"model": model})
-    rig.bus.inbox.append(LoadState("initial", Position(0, 0, 0), ""))
     assert rig.service.run() == EXIT_FATAL
     (failed,) = rig.bus.of(ReplicaFailed)
     assert failed.fatal
