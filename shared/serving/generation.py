@@ -170,6 +170,6 @@ class Generation:
                     continue
                 grant = group.grant
                 key = (grant.group, grant.attempt)
-                request = Request(key, group.prompt, grant.samples, grant.sampling, grant.seed, group.begun)
+                request = Request(key, group.prompt, grant.samples, grant.sampling, grant.seed, begun=group.begun)
                 self.engine.submit(request)
                 self._inside.add(group.ref)
