@@ -159,7 +159,7 @@ def ask(
     seed: int = 0,
     images: Sequence[np.ndarray] = (),
 ) -> Request:
-    return Request(key, tokens, samples, Sampling(temperature, top_p, top_k, new), seed, images)
+    return Request(key, tokens, samples, Sampling(temperature, top_p, top_k, new), seed, images=images)
 
 
 def run(engine: Engine, *requests: Request) -> dict[tuple[object, int], Finished]:
