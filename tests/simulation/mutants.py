@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "a report of any attempt is taken",
-        150,
+        24,
         (
             (
                 f"{CORE}/refusals.py",
@@ -140,12 +140,12 @@ MUTANTS = [
     ),
     Mutant(
         "no rollback when the state is lost",
-        1,
+        15,
         ((f"{CORE}/rules/losing.py", "    _roll_back(turn)\n    return True\n", "    return False\n"),),
     ),
     Mutant(
         "rolled back to the committed state",
-        1,
+        15,
         (
             (
                 f"{CORE}/lineages.py",
@@ -222,8 +222,8 @@ MUTANTS = [
     ),
     Mutant(
         "payloads freed while groups need them",
-        4,
-        ((f"{CORE}/ledger.py", "return min((g.spooled.segment", "return max((g.spooled.segment"),),
+        0,
+        ((f"{CORE}/ledger.py", "return min((place.segment", "return max((place.segment"),),
     ),
     Mutant(
         "the welcome of one process goes to another",
@@ -243,7 +243,7 @@ MUTANTS = [
     ),
     Mutant(
         "the wall clock moves deadlines",
-        49,
+        51,
         (
             (
                 "services/controller/shell.py",
@@ -310,7 +310,7 @@ MUTANTS = [
     ),
     Mutant(
         "what was handed over is freed",
-        0,
+        37,
         ((f"{CORE}/ledger.py", "for place in (g.spooled, g.partial_at) if", "for place in (g.spooled,) if"),),
     ),
     Mutant(
