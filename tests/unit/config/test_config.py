@@ -243,6 +243,7 @@ def test_numbers_of_replicas_that_the_recipe_forbids_are_refused(recipe_file: Pa
 
 
 def test_an_engine_with_workers_makes_a_replica_of_several_ranks(recipe_file: Path) -> None:
-    engines = 'rollout.engine=["transformers", "vllm", "sglang"]'
-    rollout = load_recipe(recipe_file, [engines, "rollout.parallel.tp=2", "rollout.parallel.pp=2"]).rollout
-    assert [rollout.world_of(f"rollout-{number}") for number in range(4)] == [1, 5, 5, 1]
+    mixed = load_recipe(recipe_file, ['rollout.engine=["transformers", "vllm"]']).rollout
+    assert [mixed.world_of(f"rollout-{number}") for number in range(3)] == [1, 2, 1]
+    sharded = load_recipe(recipe_file, ["rollout.engine=sglang", "rollout.parallel.tp=2", "rollout.parallel.pp=2"])
+    assert sharded.rollout.world_of("rollout-0") == 5
