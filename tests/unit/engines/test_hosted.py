@@ -27,6 +27,9 @@ class Stuck(HostedEngine):
     async def _generate(self, sample: Sample) -> Made:
         raise NotImplementedError
 
+    async def _abort(self, sample: Sample) -> None:
+        raise NotImplementedError
+
     async def _pause(self) -> None:
         await asyncio.Event().wait()
 
