@@ -167,8 +167,8 @@ MUTANTS = [
     ),
     Mutant(
         "a replaced process may come back",
-        10,
-        ((f"{CORE}/fleet.py", "return register.nonce in known[:-1]", "return False"),),
+        6,
+        ((f"{CORE}/fleet.py", "register.nonce in self.starts.get(register.replica, [])[:-1]", "False"),),
     ),
     Mutant(
         "gaps in a session are skipped",
@@ -321,7 +321,7 @@ MUTANTS = [
     # bugs that only a run with evaluators of its own can have
     Mutant(
         "an evaluator gets new weights in mid-round",
-        19,
+        15,
         (
             (
                 f"{CORE}/rules/syncing.py",
@@ -332,7 +332,7 @@ MUTANTS = [
     ),
     Mutant(
         "a lost evaluator's rows are forgotten",
-        37,
+        35,
         (
             (
                 f"{CORE}/rules/losing.py",
@@ -343,7 +343,7 @@ MUTANTS = [
     ),
     Mutant(
         "a round that nobody can finish stays open",
-        79,
+        99,
         (
             (
                 f"{CORE}/rules/judging.py",
@@ -354,7 +354,7 @@ MUTANTS = [
     ),
     Mutant(
         "training waits for every verdict",
-        13,
+        15,
         (
             (
                 f"{CORE}/rules/judging.py",
@@ -391,7 +391,7 @@ MUTANTS = [
     ),
     Mutant(
         "a step waits for ever for a mesh that was revoked",
-        8,
+        16,
         (
             (
                 f"{CORE}/rules/joining.py",
@@ -413,6 +413,49 @@ MUTANTS = [
                 f"{CORE}/rules/members.py",
                 'if mesh is not None and mesh.state == "formed" else None',
                 "if mesh is not None else None",
+            ),
+        ),
+    ),
+    Mutant(
+        "processes of a lost replica of several ranks come back",
+        0,
+        ((f"{CORE}/fleet.py", "        return over or register.nonce in", "        return register.nonce in"),),
+    ),
+    Mutant(
+        "ranks of several starts make a replica",
+        0,
+        (
+            (
+                f"{CORE}/fleet.py",
+                "if replica is not None and replica.live and replica.nonce == register.nonce else None",
+                "if replica is not None and replica.live and register.rank not in replica.pids else None",
+            ),
+        ),
+    ),
+    Mutant(
+        "in a new term one rank speaks for all",
+        6,
+        ((f"{CORE}/core.py", "if not replica.confirmed and not replica.absent:", "if not replica.confirmed:"),),
+    ),
+    Mutant(
+        "a replica loads with its first rank",
+        0,
+        (
+            (
+                f"{CORE}/core.py",
+                'if replica.state == "joining" and not replica.missing:',
+                'if replica.state == "joining":',
+            ),
+        ),
+    ),
+    Mutant(
+        "only the silence of rank 0 is noticed",
+        1,
+        (
+            (
+                "services/controller/liveness.py",
+                "if now - at > self._lost_after_s]",
+                "if now - at > self._lost_after_s and not rank[2]]",
             ),
         ),
     ),
