@@ -104,7 +104,8 @@ class SglangEngine(HostedEngine):
 
         self._engine = Engine(
             model_path=str(self._folder),
-            skip_tokenizer_init=self._endpoint is None,
+            # with a tokenizer pixels go to the scheduler through shared memory
+            skip_tokenizer_init=self._endpoint is None and self._images is None,
             served_model_name=SERVED_NAME,
             skip_server_warmup=True,
             load_format="dummy",
