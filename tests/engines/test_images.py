@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace as changed
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,25 @@ def test_an_image_after_an_update_is_seen_by_the_new_vision_tower(engines: Engin
     assert second.tokens.tolist() == hugging_face_greedy(other, tokens, 12, images=images)
     assert_true_logprobs(second, other, tokens, images=images)
     assert not np.allclose(first.logprobs[:1], second.logprobs[:1], atol=1e-3)
+
+
+def test_samples_with_an_image_go_on_from_what_was_handed_over(engines: Engines) -> None:
+    engine, model = engines(FAMILY)
+    images = [image(84, 112)]
+    tokens = image_prompt(model, images)
+    asked = ask("a", tokens, samples=4, temperature=1.0, new=60, images=images)
+    engine.submit(asked)
+    early = advance_until_tokens(engine, 20)
+    begun = engine.abort("a")
+    assert begun
+    again = changed(asked, key="b", begun=[begun.get(sample) for sample in range(4)])
+    finished = run(engine, again)
+    for sample in range(4):
+        assert_true_logprobs(finished["b", sample], model, tokens, images=images)
+        if sample in begun:
+            assert ("a", sample) not in early
+            made = begun[sample].tokens.tolist()
+            assert finished["b", sample].tokens.tolist()[: len(made)] == made
 
 
 def test_images_that_cannot_be_read_are_refused_with_the_reason_and_disturb_nobody(engines: Engines) -> None:

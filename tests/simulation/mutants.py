@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "a report of any attempt is taken",
-        24,
+        84,
         (
             (
                 f"{CORE}/refusals.py",
@@ -243,7 +243,7 @@ MUTANTS = [
     ),
     Mutant(
         "the wall clock moves deadlines",
-        51,
+        8,
         (
             (
                 "services/controller/shell.py",
@@ -276,7 +276,7 @@ MUTANTS = [
     # bugs of partial rollout: groups that are handed over part-way
     Mutant(
         "a continued group's age is its new lease's",
-        287,
+        52,
         (
             (
                 f"{CORE}/ledger.py",
@@ -299,7 +299,7 @@ MUTANTS = [
     ),
     Mutant(
         "payloads of leases that leave together are mixed up",
-        128,
+        29,
         (
             (
                 f"{CORE}/outcome.py",
@@ -315,7 +315,7 @@ MUTANTS = [
     ),
     Mutant(
         "an acknowledged hand-over is forgotten",
-        4,
+        6,
         ((f"{CORE}/ledger.py", "group.partial, group.partial_at = partial, spooled\n", "pass\n"),),
     ),
     # bugs that only a run with evaluators of its own can have
@@ -386,7 +386,7 @@ MUTANTS = [
     ),
     Mutant(
         "a policy joins in the middle of a batch",
-        12,
+        41,
         ((f"{CORE}/rules/members.py", "batch.index == 0 and _stands(turn, join)", "_stands(turn, join)"),),
     ),
     Mutant(
@@ -407,7 +407,7 @@ MUTANTS = [
     ),
     Mutant(
         "a step of several begins before their mesh has formed",
-        1,
+        8,
         (
             (
                 f"{CORE}/rules/members.py",
@@ -450,7 +450,7 @@ MUTANTS = [
     ),
     Mutant(
         "only the silence of rank 0 is noticed",
-        1,
+        21,
         (
             (
                 "services/controller/liveness.py",
