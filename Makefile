@@ -69,7 +69,7 @@ audit: $(STAMP) ## prove from the journal that no prompt group was lost or doubl
 test: check test-unit test-integration ## install, then check, then all tests but the slow ones
 
 test-unit: $(STAMP) ## tests without processes
-	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) -m "not slow" tests/unit tests/simulation tests/engines $(ARGS)
+	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) -n $(JOBS) -m "not slow" tests/unit tests/simulation tests/engines $(ARGS)
 
 test-integration: $(STAMP) ## tests with real service processes
 	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow and not engines" tests/integration $(ARGS)
@@ -87,7 +87,8 @@ gpu-check: ## what only a GPU can show: narrow formats and layouts of vLLM and S
 		tests/engines/test_quantised.py tests/engines/test_ranks.py --engine $$engine $(ARGS) || exit 1; done
 
 test-slow: $(STAMP) ## tests that take minutes
-	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests $(ARGS) || test $$? -eq 5 # 5: none is marked slow
+	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)
+	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests/unit tests/integration $(ARGS)
 
 repeat: $(STAMP) ## integration tests again and again, until one fails (TIMES=20 TESTS=tests/integration/test_policies.py)
 	@for time in $$(seq $(TIMES)); do echo "$$time of $(TIMES)"; \

@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(os.environ.get("MUTATE_ROOT") or Path(__file__).resolve().parents[2])
 CORE = "services/controller/core"
-MOST_SEEDS = 500
-TIMEOUT_S = 600
+MOST_SEEDS = 1000
+TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "tokens are gone on from however old they are",
-        80,
+        576,
         (
             (
                 f"{CORE}/rules/leasing.py",
