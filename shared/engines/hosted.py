@@ -8,9 +8,6 @@ the backend, until a slot is free, so that each starts with the weights of that 
 updates so far) goes to the backend, which keeps prefixes of different epochs apart. A sample that was begun elsewhere
 is to the backend one with a longer prompt and a lower limit. Invariant: results of samples that were aborted, or began
 again, are dropped by identity.
-
-Who waits for a backend stops waiting when a process of it has ended, and when the replica was lost meanwhile: a worker
-that is silent, not dead, is seen by the controller alone.
 """
 
 from __future__ import annotations
@@ -18,25 +15,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
-import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Coroutine, Hashable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from shared.bus import BusClient, BusError
+from shared.bus import BusClient
 from shared.config.schema import InFlight
 from shared.engines.base import (
     Begun,
     Engine,
-    EngineDied,
-    EngineError,
     EngineStats,
     Finished,
     Request,
@@ -48,20 +41,17 @@ from shared.engines.base import (
 )
 from shared.engines.endpoint import Application, Endpoint
 from shared.engines.sampling import as_int64, stream_keys
+from shared.engines.thread import EngineThread
 from shared.messages import Sampling
 from shared.models.images import ImageReader, Pixels
 from shared.weights import StagedWeights, TensorSpec
 
 WAIT_S = 0.005
 """Longest that `advance` waits for a sample to finish."""
-LOOK_S = 0.1
-"""How often a caller who waits for the engine looks whether it still lives."""
 ABORT_S = 0.05
 """How often a sample that shall end is told so again: the backend may not have heard of it yet."""
 PAUSED_S = 0.2
 """Longest wait for what a paused backend has made of such a sample: it may not get to it before it goes on."""
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -162,11 +152,9 @@ class HostedEngine(Engine):
         self._busy = 0.0
         self._busy_since: float | None = None
         self._endpoint = Endpoint(serve, lambda: self._epoch) if serve is not None else None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
-        self._thread.start()
+        self._thread = EngineThread(self.name, self._death, client)
         try:
-            self._call(self._begin(), start_s, "start")
+            self._thread.call(self._begin(), start_s, "start")
         except BaseException:
             self.close()
             raise
@@ -240,7 +228,7 @@ class HostedEngine(Engine):
         self._waiting = deque(sample for sample in self._waiting if sample.key != key)
         running = [self._running.pop(place) for place in list(self._running) if place[0] == key]
         if running:
-            self._call(self._end_early(running), self._call_s, "abort a prompt")
+            self._thread.call(self._end_early(running), self._call_s, "abort a prompt")
         for sample in running:
             made = _so_far(sample)
             if made is not None:
@@ -249,7 +237,7 @@ class HostedEngine(Engine):
         return begun
 
     def advance(self) -> list[Finished]:
-        self._raise_if_dead()
+        self._thread.raise_if_dead()
         if self._paused:
             return []
         finished = self._take_whole()
@@ -268,19 +256,19 @@ class HostedEngine(Engine):
         return finished
 
     def pause(self) -> None:
-        self._call(self._pause(), self._call_s, "pause")
+        self._thread.call(self._pause(), self._call_s, "pause")
         self._paused = True
 
     def update(self, weights: StagedWeights, version: int, in_flight: InFlight = "keep") -> None:
         check_update(self._paused, self.manifest, weights)
         if in_flight == "abort":
             self._begin_anew()
-        self._call(self._load(weights, version, in_flight == "recompute"), self._call_s, "take new weights")
+        self._thread.call(self._load(weights, version, in_flight == "recompute"), self._call_s, "take new weights")
         self.version = version
         self._epoch += 1
 
     def resume(self) -> None:
-        self._call(self._resume(), self._call_s, "resume")
+        self._thread.call(self._resume(), self._call_s, "resume")
         self._paused = False
         self._admit()
 
@@ -300,9 +288,7 @@ class HostedEngine(Engine):
         self._running.clear()
         self._whole.clear()
         self._asked.clear()
-        wait([asyncio.run_coroutine_threadsafe(self._end(), self._loop)], timeout=self._call_s)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(self._call_s)
+        self._thread.stop(self._end(), self._call_s)
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
@@ -311,7 +297,7 @@ class HostedEngine(Engine):
             sample = self._waiting.popleft()
             sample.epoch = self._epoch
             self._running[sample.key, sample.index] = sample
-            sample.future = asyncio.run_coroutine_threadsafe(self._run(sample), self._loop)
+            sample.future = self._thread.start(self._run(sample))
         if self._running and self._busy_since is None:
             self._busy_since = time.perf_counter()
         elif not self._running and self._busy_since is not None:
@@ -363,7 +349,7 @@ class HostedEngine(Engine):
     def _finish(self, sample: Sample, made: Made | Exception) -> Finished:
         del self._running[sample.key, sample.index]
         if isinstance(made, Exception):
-            raise self._failed(f"answer a prompt of {len(sample.prompt)} tokens", made) from made
+            raise self._thread.failed(f"answer a prompt of {len(sample.prompt)} tokens", made) from made
         whole = _joined(sample, made)
         if not np.isfinite(whole.logprobs).all():
             raise weights_diverged(self.version)
@@ -375,15 +361,6 @@ class HostedEngine(Engine):
             sample.future.cancel()
 
     # --- the engine's thread ----------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        left = asyncio.all_tasks(self._loop)
-        for task in left:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self._loop.close()
 
     async def _begin(self) -> None:
         await self._start()
@@ -405,49 +382,15 @@ class HostedEngine(Engine):
 
     async def _end_early(self, samples: list[Sample]) -> None:
         """Have running samples end where they are; those that don't are cancelled."""
-        until = self._loop.time() + (PAUSED_S if self._paused else self._call_s / 2)
+        until = time.monotonic() + (PAUSED_S if self._paused else self._call_s / 2)
         ends = {asyncio.wrap_future(sample.future): sample for sample in samples if sample.future is not None}
         pending = set(ends)
-        while pending and self._loop.time() < until:
+        while pending and time.monotonic() < until:
             for end in pending:
                 await self._abort(ends[end])
             _, pending = await asyncio.wait(pending, timeout=ABORT_S)
         for end in pending:
             end.cancel()
-
-    def _call(self, work: Coroutine[Any, Any, T], limit_s: float, what: str) -> T:
-        """Run a backend's coroutine to its end from the caller's thread."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        until = time.monotonic() + limit_s
-        try:
-            while not future.done() and time.monotonic() < until and self._death() is None:
-                wait([future], timeout=LOOK_S)
-                if self._client is not None:
-                    self._client.raise_if_ended()
-        except BusError:
-            future.cancel()
-            raise
-        if not future.done():
-            future.cancel()
-            self._raise_if_dead()
-            raise EngineDied(f"{self.name} did not {what} within {limit_s:g} s")
-        try:
-            return future.result()
-        except EngineError:
-            raise
-        except Exception as error:
-            raise self._failed(what, error) from error
-
-    def _failed(self, what: str, error: Exception) -> Exception:
-        """What to raise for a backend's error: a fresh process may do better, unless the backend says what is wrong."""
-        if isinstance(error, EngineError):
-            return error
-        return EngineDied(f"{self.name} could not {what}: {self._death() or f'{type(error).__name__}: {error}'}")
-
-    def _raise_if_dead(self) -> None:
-        death = self._death()
-        if death is not None and not self._closed:
-            raise EngineDied(f"{self.name} died: {death}")
 
 
 def _joined(sample: Sample, made: Made) -> Begun:

@@ -19,10 +19,11 @@ from typing import Any, cast
 from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
-from shared.engines.hosted import LOOK_S, HostedEngine, Made, Report, Sample
+from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
 from shared.engines.ranks import invitation
 from shared.engines.schemes import Schemes, scheme_for
+from shared.engines.thread import LOOK_S
 from shared.models.images import Pixels
 from shared.weights import StagedWeights
 from shared.weights.memory import shared_memory
