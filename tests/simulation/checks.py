@@ -121,6 +121,8 @@ class Checks:
                 if self._assigned.setdefault(fact.attempt, number) != number:
                     self.broken(f"attempt {fact.attempt} at a step was assigned before, by another event")
             elif isinstance(fact, Leased):
+                if not fact.begun:
+                    self._partials.pop(fact.group, None)
                 missing = core.state.fleet.replicas[fact.replica].missing
                 if missing:
                     self.broken(f"group {fact.group} is leased to {fact.replica}, whose ranks {missing} are not there")
@@ -134,7 +136,9 @@ class Checks:
             elif isinstance(fact, HandedOver):
                 self._partials[fact.group] = fact.attempt
             elif isinstance(fact, PartialDropped):
-                del self._partials[fact.group]
+                self._partials.pop(
+                    fact.group, None
+                )  # a term that ended before its disk kept this may have said it, too
             elif isinstance(fact, Judged):
                 self._check_judged(fact)
         self._check_audit()
