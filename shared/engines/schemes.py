@@ -1,16 +1,16 @@
-"""What a machine can compute with narrow weights: which of an engine's own schemes there are for a format, here.
+"""What an engine can do on this machine: its own schemes for narrow formats, and layouts of a model over its ranks.
 
-Kernels for a format exist in an engine for some machines only; an engine that is started with another one dies, or
+Kernels for either exist in an engine for some machines only; an engine that is started with another one dies, or
 falls back to something hundreds of times slower. So it is refused before the start, with what is possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from shared.config.schema import Quantization
+from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.base import EngineError
 
 CAPABILITY: dict[Quantization, tuple[int, int]] = {
@@ -42,6 +42,18 @@ def scheme_for(
             "emulates all of them"
         )
     return able[quantization]
+
+
+def check_layout(engine: str, parallel: EngineParallelTable, gpu_only: Iterable[str]) -> None:
+    """EngineError for a layout whose workers would die or hang here; the axes of `gpu_only` want a GPU."""
+    if torch.cuda.is_available():
+        return
+    for axis in gpu_only:
+        ranks = getattr(parallel, axis)
+        if ranks > 1:
+            raise EngineError(
+                f"rollout.parallel.{axis} = {ranks}: {engine} wants a GPU for that; without one, leave {axis} at 1"
+            )
 
 
 def _here(on_gpu: Schemes, on_cpu: Schemes, with_amx: Schemes) -> tuple[str, Schemes]:

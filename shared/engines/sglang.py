@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from shared.config.schema import EngineParallelTable, Quantization
-from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched
 from shared.engines.ranks import invitation
-from shared.engines.schemes import Schemes, scheme_for
+from shared.engines.schemes import Schemes, check_layout, scheme_for
 from shared.engines.thread import LOOK_S
 from shared.models.images import Pixels
 from shared.weights import StagedWeights
@@ -93,12 +92,8 @@ class SglangEngine(HostedEngine):
         import torch
 
         on_cpu = not torch.cuda.is_available()
-        scheme = scheme_for("SGLang", self._quantization, ON_GPU, {}, {})  # refused before the seconds of an import
-        if on_cpu and self._parallel.ep > 1:
-            raise EngineError(
-                f"rollout.parallel.ep = {self._parallel.ep}: without a GPU SGLang has no kernel for experts that are "
-                "apart; leave ep at 1 (tp shares each expert)"
-            )
+        scheme = scheme_for(self.name, self._quantization, ON_GPU, {}, {})  # refused before the seconds of an import
+        check_layout(self.name, self._parallel, ("ep",))
         from sglang.srt.entrypoints.engine import Engine
 
         from shared.engines.sglang_worker import LOADER, join_hook

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from shared.config.schema import EngineParallelTable, Quantization
-from shared.engines.base import EngineError
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
 from shared.engines.processes import Watched, own_engines
 from shared.engines.ranks import invitation
-from shared.engines.schemes import Schemes, scheme_for
+from shared.engines.schemes import Schemes, check_layout, scheme_for
 from shared.weights import StagedWeights
 
 if TYPE_CHECKING:
@@ -141,8 +140,7 @@ class VllmEngine(HostedEngine):
         from shared.engines.vllm_names import BACKEND, EXTENSION
 
         on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            self._refuse_layouts()
+        check_layout(self.name, self._parallel, ("pp", "ep"))
         arguments = AsyncEngineArgs(
             model=str(self._folder),
             # its code for images wants a tokenizer to start with
@@ -150,7 +148,7 @@ class VllmEngine(HostedEngine):
             load_format="dummy",
             dtype=self._dtype,
             seed=self._seed,
-            quantization=scheme_for("vLLM", self._quantization, ON_GPU, ON_CPU, WITH_AMX),
+            quantization=scheme_for(self.name, self._quantization, ON_GPU, ON_CPU, WITH_AMX),
             tensor_parallel_size=self._parallel.tp,
             pipeline_parallel_size=self._parallel.pp,
             enable_expert_parallel=self._parallel.ep > 1,
@@ -269,15 +267,6 @@ class VllmEngine(HostedEngine):
 
     def _report(self) -> Report:
         return self._meter.report
-
-    def _refuse_layouts(self) -> None:
-        """EngineError for layouts whose workers would die or hang on a CPU."""
-        for axis, ranks in (("pp", self._parallel.pp), ("ep", self._parallel.ep)):
-            if ranks > 1:
-                raise EngineError(
-                    f"rollout.parallel.{axis} = {ranks}: without a GPU vLLM shares a model by tp alone; "
-                    f"leave {axis} at 1"
-                )
 
 
 def _input(sample: Sample) -> Any:
