@@ -335,12 +335,18 @@ def test_a_drain_finishes_what_nobody_else_can_go_on_with_takes_nothing_new_and_
     assert rig.bus.leases == set()
 
 
-def test_asked_to_stop_it_tells_so_finishes_what_is_being_judged_and_leaves(rig: Rig) -> None:
+def test_asked_to_stop_it_tells_so_finishes_what_is_being_judged_and_leaves(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, answers = rig.pool.submit, []
+    monkeypatch.setattr(rig.pool, "submit", lambda *which, **how: answers.append((which, how)))  # no verdict yet
     rig.ready()
     rig.tell(Lease([rig.grant(1)]))
     rig.until(lambda: len(rig.service._judging) == 1)
     rig.service.stop()
     rig.bus.inbox.append(Lease([rig.grant(2)]))
+    for which, how in answers:
+        submit(*which, **how)
     assert rig.service.run() == EXIT_DONE
     assert len(rig.bus.of(Leaving)) == 1
     assert [report.group for report in rig.bus.of(GroupReport)] == [1]
