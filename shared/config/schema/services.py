@@ -16,12 +16,36 @@ Quantization = Literal["fp8", "fp8_block", "mxfp8", "mxfp4", "nvfp4"]
 """Formats that a rollout may keep its weights in."""
 
 
+class PolicyParallelTable(Table):
+    """[policy.parallel]: how many ranks (processes) hold one policy replica, and what each of them has of it."""
+
+    pp: Positive = Field(1, description="ranks that share the layers among them (pipeline parallelism)")
+    replicate: Positive = Field(1, description="copies of all weights that share the samples (data parallelism)")
+    fsdp: Positive = Field(1, description="ranks that share the samples and keep a part of each weight (FSDP2)")
+    ep: Positive = Field(1, description="ranks that share the samples and the experts (expert parallelism)")
+    cp: Positive = Field(1, description="ranks that share each sequence (context parallelism)")
+    tp: Positive = Field(1, description="ranks that share each layer (tensor parallelism)")
+    sequence: bool = Field(False, description="between layers each tp rank keeps its part of the sequence")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sequence and self.tp == 1:
+            raise ValueError("sequence = true shares activations among tp ranks: give tp of 2 or more, or leave it out")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one replica."""
+        return self.pp * self.replicate * self.fsdp * self.ep * self.cp * self.tp
+
+
 class PolicyTable(Table):
     """[policy]: who learns."""
 
     replicas: Positive = Field(1, description="policies that share every step; the first step waits for them")
     threads: Positive = Field(1, description="CPU threads of the trainer")
-    micro_batch_tokens: Positive = Field(16384, description="padded tokens in one forward pass")
+    micro_batch_tokens: Positive = Field(16384, description="tokens in one forward pass")
+    parallel: PolicyParallelTable = PolicyParallelTable()
 
 
 class EngineParallelTable(Table):
