@@ -3,17 +3,16 @@
 Invariant: every reduction is a sum of per-token weights whose denominators are *global* (counted over all members,
 minibatch by minibatch), so losses, gradients and metrics of micro-batches and replicas add up to those of the whole.
 
-Shapes: T is the number of response tokens in a micro-batch, one after the other; V is the vocabulary.
+Shapes: T is the number of response tokens in a micro-batch, one after the other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from services.policy.correction import (
     LOG_RATIO_LIMIT,
@@ -24,68 +23,6 @@ from services.policy.correction import (
 )
 
 Reduction = Literal["token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant"]
-
-CHUNK_ELEMENTS = 1 << 22
-"""Most logits (tokens x vocabulary) whose softmax exists at one time."""
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target] and the entropy, a chunk of rows at a time.
-
-    Saves the logits and one log-sum-exp a token, not the softmax: d logp_t / d logits = (onehot_t - p) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.shape[0]
-        logprobs = torch.empty(total, dtype=dtype, device=logits.device)
-        entropy = torch.empty_like(logprobs)
-        normalisers = torch.empty_like(logprobs)
-        for rows in _chunks(total, logits.shape[1]):
-            scaled = logits[rows].to(dtype) / temperatures[rows, None]
-            normaliser = torch.logsumexp(scaled, dim=-1)
-            chosen = scaled.gather(-1, targets[rows, None]).squeeze(-1)
-            logprobs[rows] = chosen - normaliser
-            # H = log Z - E_p[x]; a logit of -inf has p = 0 and contributes nothing
-            expected = torch.softmax(scaled, dim=-1).mul_(scaled).nan_to_num_(nan=0.0).sum(-1)
-            entropy[rows] = normaliser - expected
-            normalisers[rows] = normaliser
-        ctx.save_for_backward(logits, targets, normalisers, temperatures)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, normalisers, temperatures = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for rows in _chunks(logits.shape[0], logits.shape[1]):
-            scaled = logits[rows].to(normalisers.dtype) / temperatures[rows, None]
-            outer = (grad_logprobs[rows] / temperatures[rows])[:, None]
-            part = torch.exp(scaled - normalisers[rows, None]).mul_(-outer)
-            part.scatter_add_(-1, targets[rows, None], outer)
-            gradient[rows] = part.to(gradient.dtype)
-        return gradient, None, None
-
-
-def _chunks(total: int, width: int) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // max(1, width))
-    return [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
-
-
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, both [T], in float32 or wider.
-
-    `logits` [T, V], `targets` int64 [T], `temperature` [T] or one for all. The distribution is
-    softmax(logits / temperature), the one that was sampled from. Only the log-probability carries a gradient; the
-    entropy is a metric.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    temperatures = torch.as_tensor(temperature, dtype=dtype, device=logits.device).expand(targets.shape)
-    logprobs, entropy = _TokenLogProbs.apply(logits, targets, temperatures)
-    return logprobs, entropy
-
 
 def token_weights(lengths: Tensor, reduction: Reduction, *, tokens: int, sequences: int, constant: int = 1) -> Tensor:
     """Weight of every token [T] such that sum(weight * token loss), over all micro-batches, is the reduced loss.

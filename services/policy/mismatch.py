@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from services.policy.batch import MicroBatch
+from services.policy.packing import MicroBatch
 from shared.config.schema import Quantization, RolloutTable
 from shared.engines.base import EngineError
 from shared.engines.quantization import quantize_dequantize, quantized_weights

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from services.policy.layouts.data import local
 from shared.config.schema import OptimizerTable, TrainTable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,10 +22,9 @@ class Optimizer:
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], table: OptimizerTable) -> None:
         self._parameters = {name: p for name, p in parameters if p.requires_grad}
-        self._masters: dict[str, Tensor] = {
-            name: p if p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True).requires_grad_()
-            for name, p in self._parameters.items()
-        }
+        # of a sharded parameter, what this rank has
+        self._weights = {name: local(p.detach()) for name, p in self._parameters.items()}
+        self._masters = {name: weight.to(torch.float32) for name, weight in self._weights.items()}
         self._names = {id(master): name for name, master in self._masters.items()}
         self.steps = 0
         self._warmup, self._schedule = table.warmup_steps, table.schedule
@@ -46,33 +46,30 @@ class Optimizer:
         """Move what backward left on the parameters into the gradients in hand; call after each micro-batch."""
         for name, parameter in self._parameters.items():
             master = self._masters[name]
-            if master is parameter or parameter.grad is None:
+            if parameter.grad is None:
                 continue
             if master.grad is None:
-                master.grad = parameter.grad.to(torch.float32)
+                master.grad = local(parameter.grad).to(torch.float32)
             else:
-                master.grad += parameter.grad
+                master.grad += local(parameter.grad)
             parameter.grad = None
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """The float32 gradients in hand, one for every parameter in the model's order, zeros where none came.
 
-        Every member of a mesh has the same list, even where (in an MoE) its own tokens never reached some expert.
+        Every member of a mesh has the same ones, even where (in an MoE) its own tokens never reached some expert.
         """
         for master in self._masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        return [master.grad for master in self._masters.values() if master.grad is not None]
+        return {name: master.grad for name, master in self._masters.items() if master.grad is not None}
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients in hand to a global norm of at most `limit`; returns the norm before, NaN and inf too."""
-        gradients = self.gradients()
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Scale the gradients in hand, whose global norm is `norm`, to one of at most `limit`."""
         scale = limit / (norm + 1e-6)
         if scale < 1.0:
-            for gradient in gradients:
+            for gradient in self.gradients().values():
                 gradient.mul_(scale)
-        return float(norm)
 
     def rate(self, lr: float) -> float:
         """Learning rate of the next step: linear warm-up to `lr`, then `lr`, or a fall that ends with the last step."""
@@ -90,9 +87,9 @@ class Optimizer:
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         self._adam.step()
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if self._masters[name] is not parameter:
-                    parameter.copy_(self._masters[name])
+            for name, weight in self._weights.items():
+                if self._masters[name] is not weight:
+                    weight.copy_(self._masters[name])
         self.steps += 1
         self.clear()
         return rate
@@ -117,7 +114,7 @@ class Optimizer:
         for name, master in self._masters.items():
             state = self._adam.state.get(master, {})
             found |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
-            if master is not self._parameters[name]:
+            if master is not self._weights[name]:
                 found[f"master/{name}"] = master.detach()
         return found
 
@@ -125,7 +122,7 @@ class Optimizer:
         """Take back what `tensors` gave; KeyError where one is missing."""
         self.steps = steps
         for name, master in self._masters.items():
-            if master is not self._parameters[name]:
+            if master is not self._weights[name]:
                 with torch.no_grad():
                     master.copy_(tensors[f"master/{name}"])
             if steps:

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from services.policy.batch import Frame, MicroBatch, micro_batches, rows_of, sequences_of
+from services.policy.batch import Frame, rows_of, sequences_of
 from services.policy.correction import Correction, CorrectionSettings, Level
-from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_logprobs, token_weights
+from services.policy.layouts.compose import Layout
+from services.policy.layouts.grid import Grid
+from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_weights
 from services.policy.mismatch import Diagnosis, diagnose, mean_by_engine, names_by_engine, sums_by_engine
 from services.policy.optimizer import Optimizer
+from services.policy.packing import MicroBatch
 from services.policy.reduce import reduce_gradients, reduce_metrics
 from shared.config import Recipe
 from shared.config.schema import OptimizerTable
@@ -61,7 +63,11 @@ class Hand:
 
 
 class Trainer:
-    """One replica's model in training. `meshes` lends the formed mesh of an epoch, for steps with several members."""
+    """One replica's model in training, or one rank's part of it.
+
+    `meshes` lends the formed mesh of an epoch, for steps with several members. In a replica of several ranks, which
+    `grid` tells, all of them are asked the same in the same order: they meet in collectives.
+    """
 
     def __init__(
         self,
@@ -69,9 +75,14 @@ class Trainer:
         recipe: Recipe,
         position: Position,
         meshes: Callable[[int], AbstractContextManager[Mesh]],
+        grid: Grid | None = None,
     ) -> None:
         # dropout would make the trainer disagree with the engine about the same tokens
         self.model = model.eval()
+        policy = recipe.policy
+        self.layout = Layout(
+            model, grid, sequence=policy.parallel.sequence, checkpointing=policy.gradient_checkpointing
+        )
         self.recipe = recipe
         self.position = position
         self.stage: Stage | None = None
@@ -172,12 +183,12 @@ class Trainer:
         """Go on from a checkpoint whose model tensors are in the model already; KeyError where a tensor is missing."""
         self.position = position
         if reference is not None:  # a file's own order is another one; what peers exchange goes by the model's
-            tensors = {name: reference.tensors[name] for name, _ in self.model.named_parameters()}
+            tensors = {name: reference.tensors[name] for name in self.layout.parameters()}
             reference = Snapshot(reference.position, tensors)
         self.stage, self.optimizer, self.reference = stage, None, reference
         self._behaviour, self._hand, self._applied = None, None, None
         if stage is not None:
-            self.optimizer = Optimizer(self.model.named_parameters(), self._table(stage))
+            self.optimizer = Optimizer(self.layout.parameters().items(), self._table(stage))
             self.optimizer.restore(steps, optimizer)
 
     def begin_stage(self, stage: Stage) -> None:
@@ -186,7 +197,7 @@ class Trainer:
         The reference is taken whatever `kl_weight` is now: it is live, and the first weights cannot be had later.
         """
         self.stage = stage
-        self.optimizer = Optimizer(self.model.named_parameters(), self._table(stage))
+        self.optimizer = Optimizer(self.layout.parameters().items(), self._table(stage))
         self.reference = self._snapshot() if stage == "train" else None
         self._behaviour = None
 
@@ -196,28 +207,52 @@ class Trainer:
         assert self.optimizer is not None
         limit = self.recipe.policy.micro_batch_tokens
         rows = rows_of(sequences_of(step, frames), limit, self._width)
-        batches = micro_batches(rows, limit, pad=0)
+        micros = [micro.to(self._device) for micro in self.layout.micro_batches(rows, limit)]
         self.optimizer.clear()
         totals = _Totals(_metric_names(step, self.recipe, self.reference is not None))
-        for micro in batches:
-            result = self._loss(step, micro.to(self._device))
-            result.loss.backward()
-            self.optimizer.collect()
+        olds = self._predicted(micros, self._behaviour if step.index > 0 else None)
+        kl = step.stage == "train" and _grpo_settings(step).kl_weight > 0
+        references = self._predicted(micros, self.reference if kl else None)
+
+        def loss(index: int, found: tuple[Tensor, Tensor]) -> Tensor:
+            result = self._loss(step, micros[index], *found, olds[index], references[index])
             totals.add(result)
-        sums, maxima = totals.sums, totals.maxima
+            return result.loss
+
+        self.layout.train(micros, loss, self.optimizer.collect)
         gradients = self.optimizer.gradients()
+        self.layout.sum_gradients(gradients)
+        sums, maxima = self.layout.sum_metrics(totals.sums, totals.maxima)
         if step.mesh is not None:
             with self._meshes(step.mesh) as mesh:
-                reduce_gradients(gradients, mesh, self.recipe.weights.bucket_mb * MEGABYTE)
+                reduce_gradients(list(gradients.values()), mesh, self.recipe.weights.bucket_mb * MEGABYTE)
                 sums, maxima = reduce_metrics(sums, maxima, mesh)
-        if step.index == 0 and batches:
-            self._look_at_mismatch(step, batches[0], sums.get("mismatch_abs", 0.0))
+        if step.index == 0 and micros and self.layout.whole:
+            self._look_at_mismatch(step, micros[0], sums.get("mismatch_abs", 0.0))
         sums = mean_by_engine(sums)
-        norm = self.optimizer.clip(_live(step, "grad_clip"))
-        finite = math.isfinite(norm) and math.isfinite(sums["loss"])
-        if not finite:
+        norm = self.layout.norm(gradients)
+        finite = math.isfinite(float(norm)) and math.isfinite(sums["loss"])
+        if finite:
+            self.optimizer.clip(norm, _live(step, "grad_clip"))
+        else:
             self.optimizer.clear()
-        return {**sums, **maxima, "grad_norm": norm}, finite
+        return {**sums, **maxima, "grad_norm": float(norm)}, finite
+
+    def _predicted(self, micros: Sequence[MicroBatch], weights: Snapshot | None) -> list[Tensor | None]:
+        """Log-probabilities [T] of each micro-batch's tokens under a snapshot's weights; None for each without one."""
+        if weights is None:
+            return [None] * len(micros)
+        with self._under(weights.tensors):
+            return [None if found is None else found[0] for found in self.layout.predict(micros)]
+
+    @contextmanager
+    def _under(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other weights, which are exchanged for its own meanwhile."""
+        self.layout.swap(weights)
+        try:
+            yield
+        finally:
+            self.layout.swap(weights)
 
     def _look_at_mismatch(self, step: TrainStep, micro: MicroBatch, mismatch: float) -> None:
         """Say, once in a while, why the engines may disagree with this model more than they should."""
@@ -239,27 +274,28 @@ class Trainer:
         """Why this model disagrees with the engine's log-probabilities of the micro-batch."""
 
         def logprobs(tried: MicroBatch, weights: Mapping[str, Tensor] | None) -> Tensor:
-            return self._logprobs(tried, Snapshot(self.position, dict(weights)) if weights is not None else None)[0]
+            with self._under(weights or {}):
+                found: Tensor = self.layout.predict([tried])[0][0]
+                return found
 
         reference = self.reference.tensors if self.reference is not None else None
         step_back = self.optimizer.step_back() if self.optimizer is not None else {}
         return diagnose(micro, self.model, step_back, reference, logprobs)
 
-    def _loss(self, step: TrainStep, micro: MicroBatch) -> LossResult:
+    def _loss(
+        self,
+        step: TrainStep,
+        micro: MicroBatch,
+        logprobs: Tensor,
+        entropy: Tensor,
+        old: Tensor | None,
+        reference: Tensor | None,
+    ) -> LossResult:
         if step.stage == "sft":
-            logprobs, entropy = self._logprobs(micro)
             weights = token_weights(micro.lengths, "token_mean", tokens=step.tokens, sequences=step.sequences)
             return sft_loss(logprobs, entropy, weights, tokens=step.tokens)
-        logprobs, entropy = self._logprobs(micro)
-        settings = _grpo_settings(step)
-        with torch.no_grad():
-            old = logprobs.detach()
-            if step.index > 0 and self._behaviour is not None:
-                old, _ = self._logprobs(micro, self._behaviour)
-            reference = None
-            if settings.kl_weight > 0 and self.reference is not None:
-                reference, _ = self._logprobs(micro, self.reference)
         assert self.recipe.train is not None
+        old = logprobs.detach() if old is None else old
         weights = token_weights(
             micro.lengths,
             self.recipe.train.reduction,
@@ -276,29 +312,13 @@ class Trainer:
             entropy,
             weights,
             micro.lengths,
-            settings,
+            _grpo_settings(step),
             tokens=step.tokens,
         )
         return replace(result, sums=result.sums | sums_by_engine(micro, old, self.recipe.rollout))
 
-    def _logprobs(self, micro: MicroBatch, weights: Snapshot | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [T] of the response tokens, under the model's own or a snapshot's weights."""
-        inputs: dict[str, Any] = {
-            "input_ids": micro.inputs,
-            "attention_mask": micro.mask(self.model.dtype),
-            "position_ids": micro.positions,
-            "logits_to_keep": micro.keep,
-            "use_cache": False,
-        }
-        if weights is None:
-            logits = self.model(**inputs).logits
-        else:
-            logits = functional_call(self.model, weights.tensors, (), inputs).logits
-        picked = logits.flatten(0, 1).index_select(0, micro.picks)
-        return token_logprobs(picked, micro.targets, micro.temperatures)
-
     def _snapshot(self) -> Snapshot:
-        return Snapshot(self.position, {n: p.detach().clone() for n, p in self.model.named_parameters()})
+        return Snapshot(self.position, {name: part.clone() for name, part in self.layout.weights().items()})
 
     def _table(self, stage: Stage) -> OptimizerTable:
         table = self.recipe.sft if stage == "sft" else self.recipe.train

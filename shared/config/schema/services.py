@@ -45,6 +45,9 @@ class PolicyTable(Table):
     replicas: Positive = Field(1, description="policies that share every step; the first step waits for them")
     threads: Positive = Field(1, description="CPU threads of the trainer")
     micro_batch_tokens: Positive = Field(16384, description="tokens in one forward pass")
+    gradient_checkpointing: bool = Field(
+        False, description="keep a layer's input alone and compute the layer again in backward: less memory, more time"
+    )
     parallel: PolicyParallelTable = PolicyParallelTable()
 
 

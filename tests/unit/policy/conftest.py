@@ -98,7 +98,10 @@ def make_step(
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    if not found and trainer.optimizer is not None:
+        found = trainer.optimizer.gradients()
+    return {name: gradient.clone() for name, gradient in found.items()}
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ import torch
 
 from services.policy import losses
 from services.policy.correction import Correction, CorrectionSettings, Level
-from services.policy.losses import GrpoSettings, grpo_loss, sft_loss, token_logprobs, token_weights
+from services.policy.logprobs import token_logprobs
+from services.policy.losses import GrpoSettings, grpo_loss, sft_loss, token_weights
 
 REDUCTIONS = ("token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant")
 LENGTHS = [8, 1, 0, 9]
@@ -110,9 +111,14 @@ def grpo_by_hand(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[fl
     return loss, gradient
 
 
+def logprobs_of(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a head that hands its hidden states on."""
+    return token_logprobs(logits, torch.eye(logits.shape[1], dtype=logits.dtype), targets)
+
+
 def grpo(c: Case, reduction: str, s: GrpoSettings, kl: bool) -> tuple[losses.LossResult, torch.Tensor]:
     logits = c.logits.clone().requires_grad_()
-    logprobs, entropy = token_logprobs(logits, c.targets)
+    logprobs, entropy = logprobs_of(logits, c.targets)
     weights = token_weights(
         torch.tensor(LENGTHS), reduction, tokens=sum(LENGTHS), sequences=len(LENGTHS), constant=CONSTANT
     )
@@ -189,45 +195,12 @@ def test_grpo_metrics_equal_those_counted_by_hand() -> None:
 def test_sft_loss_is_the_mean_over_all_tokens_of_the_whole_minibatch() -> None:
     c = case(1)
     logits = c.logits.clone().requires_grad_()
-    logprobs, entropy = token_logprobs(logits, c.targets)
+    logprobs, entropy = logprobs_of(logits, c.targets)
     tokens = 2 * sum(LENGTHS)  # another micro-batch holds as many again
     weights = token_weights(torch.tensor(LENGTHS), "token_mean", tokens=tokens, sequences=8)
     result = sft_loss(logprobs, entropy, weights, tokens=tokens)
     by_hand = torch.nn.functional.cross_entropy(c.logits, c.targets, reduction="sum") / tokens
     assert result.loss.item() == pytest.approx(float(by_hand), abs=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("chunk", [1, 30, 1 << 22], ids=["a-row-at-a-time", "some-rows", "all-at-once"])
-def test_log_probs_entropy_and_gradient_equal_log_softmax_in_chunks_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, temperature: float
-) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
-    c = case(2)
-    mine, plain = c.logits.clone().requires_grad_(), c.logits.clone().requires_grad_()
-    upstream = torch.randn(len(c.targets), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    logprobs, entropy = token_logprobs(mine, c.targets, temperature)
-    logprobs.backward(upstream)
-    full = torch.log_softmax(plain / temperature, -1)
-    expected = full.gather(-1, c.targets[:, None]).squeeze(-1)
-    expected.backward(upstream)
-    torch.testing.assert_close(logprobs, expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1), atol=1e-12, rtol=0)
-    torch.testing.assert_close(mine.grad, plain.grad, atol=1e-12, rtol=0)
-
-
-def test_bfloat16_logits_give_float32_log_probs() -> None:
-    c = case(4)
-    logprobs, _ = token_logprobs(c.logits.to(torch.bfloat16), c.targets)
-    assert logprobs.dtype == torch.float32
-    expected = torch.log_softmax(c.logits.to(torch.bfloat16).double(), -1).gather(-1, c.targets[:, None]).squeeze(-1)
-    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=0)
-
-
-def test_a_vanished_probability_keeps_the_entropy_finite() -> None:
-    logits = torch.tensor([[0.0, float("-inf"), 1.0]])
-    logprobs, entropy = token_logprobs(logits, torch.tensor([0]))
-    assert torch.isfinite(logprobs).all() and torch.isfinite(entropy).all()
 
 
 def test_a_huge_ratio_gives_a_finite_loss_and_gradient() -> None:

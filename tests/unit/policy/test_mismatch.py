@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from services.policy.batch import MicroBatch, TrainSequence, micro_batches, rows_of
+from services.policy.batch import TrainSequence, rows_of
+from services.policy.packing import MicroBatch, pack
 from services.policy.trainer import Snapshot, Trainer
 from shared.engines.base import Request
 from shared.engines.transformers import TransformersEngine
@@ -28,8 +29,7 @@ def drawn(
         for (_, sample), made in run(engine, request).items():
             response = made.tokens, made.logprobs
             found.append(TrainSequence(group, 1, sample, torch.tensor(tokens).int().numpy(), *response, 1.0, recorded))
-    [batch] = micro_batches(rows_of(found, 1 << 14, 64), 1 << 14, pad=0)
-    return batch
+    return pack(rows_of(found, 1 << 14, 64))
 
 
 def trained(model: PreTrainedModel, steps: int, seed: int) -> PreTrainedModel:
@@ -60,8 +60,7 @@ def models() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def off(trainer: Trainer, batch: MicroBatch) -> float:
-    with torch.no_grad():
-        logprobs, _ = trainer._logprobs(batch)
+    [(logprobs, _)] = trainer.layout.predict([batch])
     return float((logprobs - batch.engine_logprobs).abs().mean())
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from msgspec import structs
 
-from services.policy.batch import Row, micro_batches, rows_of, sequences_of
+from services.policy.batch import Row, rows_of, sequences_of
+from services.policy.packing import pack
 from services.policy.trainer import Trainer, TrainerError
 from shared.messages import CommitStep, GradientsReady, Position, StepApplied, TrainStep
 
@@ -87,8 +88,8 @@ def test_responses_that_share_a_prompt_have_the_log_probs_and_gradients_of_separ
     rows = rows_of(sequences_of(step, frames), limit, 128)
     assert len({len(row.prompt) for row in rows}) > 1
     shared, separate = [], []
-    for micro in micro_batches(rows, limit, pad=0):
-        shared.append(trainer._logprobs(micro)[0])
+    for row in rows:
+        shared.append(trainer.layout.decoder(pack([row]))[0])
     coefficients = torch.linspace(-1.0, 1.0, step.tokens)
     (torch.cat(shared) * coefficients).sum().backward()
     gradients = tools.gradients(trainer)
@@ -125,8 +126,8 @@ def test_grpo_raises_the_log_prob_of_better_samples_and_lowers_that_of_worse(too
     def logprobs() -> dict[float, float]:
         found = {}
         for s in sequences_of(step, frames):
-            (micro,) = micro_batches([Row((s,))], 1000, pad=0)
-            found[s.advantage] = trainer._logprobs(micro)[0].sum().item()
+            [(logprobs, _)] = trainer.layout.predict([pack([Row((s,))])])
+            found[s.advantage] = logprobs.sum().item()
         return found
 
     before = logprobs()
@@ -218,7 +219,7 @@ def test_gradients_that_are_not_finite_are_a_no_and_are_never_applied(tools: Any
     with pytest.raises(TrainerError, match="voted against"):
         trainer.apply(commit(step))
     trainer.drop(step.step, step.attempt, 0)
-    assert not tools.gradients(trainer)
+    assert not any(gradient.any() for gradient in tools.gradients(trainer).values())
     assert trainer.position == tools.start
 
 

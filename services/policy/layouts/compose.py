@@ -1,0 +1,271 @@
+"""One rank's part of a model and how it takes part in a step: all axes put together.
+
+A layout leaves the Hugging Face model as it is, but for weights that are cut and layers that are other stages', and
+gives the trainer what does not depend on the axes: names and this rank's weights, micro-batches forward and backward,
+gradients summed over those ranks that have the same weights, one norm, one set of metrics.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from services.policy.batch import Row
+from services.policy.decoder import Decoder, text_model
+from services.policy.layouts.data import local, shard
+from services.policy.layouts.expert import share_experts
+from services.policy.layouts.grid import DATA, Grid
+from services.policy.layouts.pipeline import Loss, Pipeline, keep_stage
+from services.policy.layouts.tensor import share_embedding, share_layer
+from services.policy.packing import MicroBatch, pack, share_out
+from shared.models import ModelError
+from shared.weights.slices import Architecture, Box, Parallel, Split, check_policy, held, is_vision, split_of
+from shared.weights.staging import spec_of
+
+SUM_BYTES = 32 << 20
+"""About how many bytes of gradients are summed in one go."""
+
+
+class Layout:
+    """This rank's part of `model`, which is whole when it comes and is cut in place. ModelError for a mix that can't be."""
+
+    def __init__(
+        self, model: PreTrainedModel, grid: Grid | None = None, *, sequence: bool = False, checkpointing: bool = False
+    ) -> None:
+        self.model = model
+        self.grid = grid = grid or Grid.alone()
+        self._architecture = architecture_of(model)
+        check(self._architecture, model, grid.parallel)
+        self._manifest = {name: spec_of(name, p) for name, p in model.named_parameters()}
+        text: Any = text_model(model)
+        config = text.config
+        keep_stage(model, text, grid)
+        self._cut()
+        self.decoder = Decoder(model, grid, sequence=sequence)
+        tensor, expert = grid.axis("tp"), grid.axis("ep")
+        if grid.first:
+            share_embedding(text.embed_tokens, tensor, self._begins(text.embed_tokens, "weight"))
+        for layer in text.layers:
+            share_layer(layer, tensor, sequence=sequence)
+            if hasattr(layer.mlp, "experts"):
+                experts = layer.mlp.experts
+                share_experts(experts, expert, tensor, self._begins(experts, "gate_up_proj"))
+            if checkpointing:
+                layer.forward = _checkpointed(layer.forward)
+        self._multiple = grid.parallel.cp * grid.parallel.tp if sequence else grid.parallel.cp
+        self._merge = int(getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1))
+        some = next(iter(model.parameters()))
+        self._pipeline = Pipeline(
+            self.decoder, grid, split=self._multiple, width=int(config.hidden_size), dtype=some.dtype, device=some.device
+        )
+        shard(text.layers, self.decoder, grid.axis("fsdp"), some.device)
+        self._summed_over = {name: self._sums_of(name, sequence) for name in self.parameters()}
+        self._copies = {name: self._copies_of(name) for name in self.parameters()}
+
+    # --- what this rank has --------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by their names in the model, tied ones once, in the model's order."""
+        return dict(self.model.named_parameters())
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's part of each parameter; the memory is the parameter's."""
+        return {name: local(p.detach()) for name, p in self.model.named_parameters()}
+
+    def box(self, name: str) -> Box | None:
+        """Which part of a parameter this rank has; None for an empty one."""
+        return held(self._manifest[name], self._architecture, self.grid.parallel, self.grid.rank)
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank has all of the model."""
+        return self.grid.parallel.world == 1
+
+    def swap(self, weights: Mapping[str, Tensor]) -> None:
+        """Exchange this rank's weights with others of their names and shapes, in place; again to undo it."""
+        mine = self.weights()
+        for name, other in weights.items():
+            own = mine[name]
+            if other.data_ptr() != own.data_ptr():
+                kept = own.clone()
+                own.copy_(other)
+                other.copy_(kept)
+
+    # --- a step ---------------------------------------------------------------------------------------------------------
+
+    def micro_batches(self, rows: Sequence[Row], limit: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step's rows; every rank of the replica has as many."""
+        axis = self.grid.axis(*DATA)
+        shares = share_out(rows, limit, axis.size)
+        expert = self.grid.parallel.ep > 1
+        found = []
+        for index, own in enumerate(shares[axis.index]):
+            # ranks that share experts have lines of one length
+            longest = max(sum(row.length for row in share[index]) for share in shares) if expert else 1
+            found.append(pack(own, self._multiple, max(1, longest), self._merge))
+        return found
+
+    def predict(self, micros: Sequence[MicroBatch]) -> list[Any]:
+        """Log-probabilities and entropies of each micro-batch, without gradients; None on all stages but the last."""
+        return self._pipeline.predict(micros)
+
+    def train(self, micros: Sequence[MicroBatch], loss: Loss, collect: Callable[[], None]) -> None:
+        """Forward and backward of all micro-batches; gradients are those of this rank's samples."""
+        self._pipeline.train(micros, loss, collect)
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's losses and metrics count: several ranks have the same ones."""
+        return self.grid.last and self.grid.place.cp == 0 and self.grid.place.tp == 0
+
+    def sum_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sum gradients in place over all ranks that have the same weights and other samples, or other tokens."""
+        by_axes: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+        for name, gradient in gradients.items():
+            if self._summed_over[name]:
+                by_axes[self._summed_over[name]].append(gradient)
+        for axes in sorted(by_axes):
+            group = self.grid.axis(*axes).group
+            for bucket in _buckets(by_axes[axes]):
+                flat = torch.cat([each.flatten() for each in bucket])
+                dist.all_reduce(flat, group=group)
+                for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                    each.copy_(part.view_as(each))
+        if self._architecture.tied and self.grid.ends is not None:
+            for name, gradient in gradients.items():
+                if split_of(name, gradient.shape) is Split.VOCABULARY:
+                    dist.all_reduce(gradient, group=self.grid.ends)
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The 2-norm of the whole model's gradient, the same on every rank."""
+        if self.whole:
+            return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        squares = [
+            torch.linalg.vector_norm(gradient).double().square() / self._copies[name]
+            for name, gradient in gradients.items()
+        ]
+        total = torch.stack(squares).sum()
+        dist.all_reduce(total)
+        return total.sqrt().float()
+
+    def sum_metrics(
+        self, sums: Mapping[str, float], maxima: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums added up over the replica's ranks, each sample counted once, and the largest of the maxima."""
+        if self.whole:
+            return dict(sums), dict(maxima)
+        added = torch.tensor([float(sums[name]) * self.counts for name in sorted(sums)], dtype=torch.float64)
+        peaks = torch.tensor([float(maxima[name]) for name in sorted(maxima)], dtype=torch.float64)
+        dist.all_reduce(added)
+        if maxima:
+            dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        return dict(zip(sorted(sums), added.tolist(), strict=True)), dict(
+            zip(sorted(maxima), peaks.tolist(), strict=True)
+        )
+
+    # --- cutting ----------------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> None:
+        """Replace each parameter by this rank's part of it, but for what FSDP does."""
+        parallel = self.grid.parallel
+        if parallel.tp == parallel.ep == 1:
+            return
+        done: dict[nn.Parameter, nn.Parameter] = {}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for module in self.model.modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter not in done:
+                    box = self._held(names[id(parameter)])
+                    part = parameter.detach()[box.within(Box.whole(parameter.shape))].clone()
+                    done[parameter] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+                module.register_parameter(key, done[parameter])
+
+    def _held(self, name: str) -> Box:
+        """What this rank has of a tensor, but for FSDP."""
+        parallel = self.grid.parallel
+        rank = Parallel(pp=parallel.pp, ep=parallel.ep, tp=parallel.tp)
+        place = self.grid.place._replace(replicate=0, fsdp=0, cp=0)
+        box = held(self._manifest[name], self._architecture, rank, rank.rank_of(place))
+        assert box is not None, f"{name} is of another stage"
+        return box
+
+    def _begins(self, module: nn.Module, key: str) -> int:
+        """Where this rank's part of a weight begins along its first dimension."""
+        name = next(name for name, p in self.model.named_parameters() if p is getattr(module, key))
+        return self._held(name).start[0]
+
+    def _sums_of(self, name: str, sequence: bool) -> tuple[str, ...]:
+        """The axes over which a parameter's gradients are summed after backward; FSDP sums over its own."""
+        axes = {"replicate", "ep", "cp"}
+        split = split_of(name, self._manifest[name].shape)
+        if split is Split.EXPERTS:
+            axes.remove("ep")  # they had the tokens of all ranks of the axis
+        elif split is Split.WHOLE and not is_vision(name):
+            # each rank has some heads, or, of what lies between attention and MLP, some tokens; routers have all
+            if "q_norm" in name or "k_norm" in name or (sequence and ".mlp." not in name):
+                axes.add("tp")
+        return tuple(sorted(axis for axis in axes if self.grid.axis(axis).group is not None))
+
+    def _copies_of(self, name: str) -> int:
+        """How many ranks of the replica have each element that this rank has of a parameter."""
+        parallel = self.grid.parallel
+        boxes = [held(self._manifest[name], self._architecture, parallel, rank) for rank in range(parallel.world)]
+        return max(1, boxes.count(boxes[self.grid.rank]))
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """What slicing has to know of a model."""
+    config: Any = model.config.get_text_config()
+    experts = int(getattr(config, "num_experts", 0) or 0)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return Architecture(
+        layers=int(config.num_hidden_layers),
+        heads=int(config.num_attention_heads),
+        kv_heads=int(config.num_key_value_heads),
+        experts=experts,
+        tied=tied,
+    )
+
+
+def check(architecture: Architecture, model: PreTrainedModel, parallel: Parallel) -> None:
+    """ModelError for a layout that this model cannot have, with the reason."""
+    try:
+        check_policy(architecture, parallel)
+    except ValueError as error:
+        raise ModelError(f"[policy.parallel]: {error}") from error
+    if parallel.ep > 1 and not architecture.experts:
+        raise ModelError(f"policy.parallel.ep = {parallel.ep}: expected a model with experts; leave ep at 1")
+    bias = next((name for name, _ in model.named_parameters() if name.endswith(("o_proj.bias", "down_proj.bias"))), None)
+    if parallel.tp > 1 and bias is not None and "visual" not in bias:
+        raise ModelError(f"policy.parallel.tp = {parallel.tp}: the bias {bias} would be added by every rank; not supported")
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Forward that keeps its input alone and is computed again in backward (Chen et al., arXiv 1604.06174)."""
+
+    def run(hidden: Tensor, **rest: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(hidden, **rest)
+        found: Tensor = checkpoint(forward, hidden, use_reentrant=False, preserve_rng_state=False, **rest)
+        return found
+
+    return run
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (sum(t.nbytes for t in bucket) + tensor.nbytes > SUM_BYTES or bucket[0].dtype != tensor.dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
