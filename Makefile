@@ -49,7 +49,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-engines bench-quantised quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -122,6 +122,9 @@ bench-engines: $(STAMP) env-vllm env-sglang ## samples a second of the three eng
 
 bench-quantised: $(STAMP) env-vllm ## RL on samples of FP8 and FP4 engines, corrected and not, beside full precision; 3 seeds
 	@$(BUDGETED) $(LIVE_BUDGET) $(BIN)/python -m benchmarks.quantised_rollout --folder runs/quantised $(ARGS)
+
+parallel-table: $(STAMP) ## families in layouts of up to 8 ranks beside one process: losses and gradients (benchmarks/results/)
+	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.parallel_table $(ARGS)
 
 quickstart-table: $(STAMP) ## the quickstart with three seeds on 500 unseen problems (benchmarks/results/)
 	@$(BUDGETED) $(TABLE_BUDGET) $(BIN)/python -m benchmarks.quickstart_table $(ARGS)

@@ -28,9 +28,9 @@ from services.policy.optimizer import Optimizer
 from shared.config.schema import SftTable
 from shared.weights.slices import Box
 
-LIMIT = 60
+LIMIT = 30
 """Tokens of a micro-batch: few, so that gradients are accumulated over several."""
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 TABLE = SftTable(dataset="none", batches=1, batch_size=1, lr=1.0)
 
 
