@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from shared.config.schema import OptimizerTable
 from shared.mesh import Mesh
 from shared.messages import CommitStep, GradientsReady, Position, StepApplied, TrainStep
 from shared.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from services.policy.ranks.group import Ranks
 
 Stage = Literal["sft", "train"]
 MEGABYTE = 1 << 20
@@ -61,7 +64,10 @@ class Hand:
 
 
 class Trainer:
-    """One replica's model in training. `meshes` lends the formed mesh of an epoch, for steps with several members."""
+    """One replica's model in training. `meshes` lends the formed mesh of an epoch, for steps with several members.
+
+    `ranks` are those of a replica of several, None alone: then every rank has a trainer, and all make the same calls.
+    """
 
     def __init__(
         self,
@@ -69,6 +75,7 @@ class Trainer:
         recipe: Recipe,
         position: Position,
         meshes: Callable[[int], AbstractContextManager[Mesh]],
+        ranks: Ranks | None = None,
     ) -> None:
         # dropout would make the trainer disagree with the engine about the same tokens
         self.model = model.eval()
@@ -80,6 +87,7 @@ class Trainer:
         self._behaviour: Snapshot | None = None
         self._next_look = 0
         self._meshes = meshes
+        self._ranks = ranks
         self._hand: Hand | None = None
         self._applied: tuple[CommitStep, StepApplied] | None = None
         self._device = next(model.parameters()).device
@@ -196,6 +204,8 @@ class Trainer:
         assert self.optimizer is not None
         limit = self.recipe.policy.micro_batch_tokens
         rows = rows_of(sequences_of(step, frames), limit, self._width)
+        if self._ranks is not None:
+            rows = self._ranks.share(rows)
         batches = micro_batches(rows, limit, pad=0)
         self.optimizer.clear()
         totals = _Totals(_metric_names(step, self.recipe, self.reference is not None))
@@ -206,11 +216,16 @@ class Trainer:
             totals.add(result)
         sums, maxima = totals.sums, totals.maxima
         gradients = self.optimizer.gradients()
+        if self._ranks is not None:
+            self._ranks.sum_gradients(gradients)
+            sums, maxima = self._ranks.sum_metrics(sums, maxima)
         if step.mesh is not None:
-            with self._meshes(step.mesh) as mesh:
+            together = self._ranks.failing_together() if self._ranks is not None else nullcontext()
+            with together, self._meshes(step.mesh) as mesh:
                 reduce_gradients(gradients, mesh, self.recipe.weights.bucket_mb * MEGABYTE)
                 sums, maxima = reduce_metrics(sums, maxima, mesh)
-        if step.index == 0 and batches:
+        first = self._ranks is None or self._ranks.rank == 0  # one of them is enough to say it
+        if step.index == 0 and batches and first:
             self._look_at_mismatch(step, batches[0], sums.get("mismatch_abs", 0.0))
         sums = mean_by_engine(sums)
         norm = self.optimizer.clip(_live(step, "grad_clip"))
