@@ -79,18 +79,27 @@ def run_service(role: str, main: Callable[[ServiceArguments], int]) -> NoReturn:
     code 1, which launchers answer with a restart. `main` should import what takes seconds to import (torch) itself:
     until the first line below has run, nothing ties this process to its launcher.
     """
-    _die_with_parent()
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints every thread's stack: where is it waiting?
+    begin_process()
     try:
         arguments = parse_arguments(role)
     except RecipeError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_RECIPE)
-    level = os.environ.get(LEVEL_VARIABLE, "INFO")
-    configure_logging(arguments.run_folder, role, arguments.replica, level)
-    threading.excepthook = _log_thread_exception
+    begin_logging(arguments.run_folder, role, arguments.replica)
     sys.exit(_run(role, main, arguments))
+
+
+def begin_process() -> None:
+    """The first thing that a process of a run does: tie it to its parent, and let it tell what it is busy with."""
+    _die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints every thread's stack: where is it waiting?
+
+
+def begin_logging(run_folder: Path, role: str, name: str) -> None:
+    """Log to the run folder as `name`, at the level that the launcher asks for; errors of threads too."""
+    configure_logging(run_folder, role, name, os.environ.get(LEVEL_VARIABLE, "INFO"))
+    threading.excepthook = _log_thread_exception
 
 
 def _run(role: str, main: Callable[[ServiceArguments], int], arguments: ServiceArguments) -> int:

@@ -35,7 +35,7 @@ from shared.messages import (
 )
 from shared.telemetry import get_logger
 from shared.weights import StagedWeights, TensorSpec, WeightsError, digest_of, receive_weights, send_weights
-from shared.weights.staging import allocate, load_tensors, manifest_of, named_weights, spec_of
+from shared.weights.staging import Area, allocate, load_tensors, manifest_of, named_weights, spec_of
 from shared.weights.transfer import receive_head, send_head
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
@@ -139,26 +139,27 @@ class Peers:
         self._sent = {message.epoch: None}  # an epoch carries one state, and only the last one can be asked for again
         self._worker.submit(self._transfer, message, head, staged)
 
-    def receive(self, message: ReceiveState, make: Callable[[Position], Trainer]) -> Trainer | None:
-        """Take the state that a peer sends into a trainer that `make` gives; None, and `MeshFailed`, if none came.
+    def receive(
+        self, message: ReceiveState, model: PreTrainedModel, take: Callable[[Head, Area], Trainer]
+    ) -> Trainer | None:
+        """Have `take` put the state that a peer sends into a trainer of `model`; None, and `MeshFailed`, if none came.
 
         Blocks for as long as the transfer takes: the next order is a step that needs the state.
         """
         started = time.perf_counter()
         try:
             with self._meshes.using(message.epoch) as mesh:
-                trainer = make(message.position)
                 try:
                     head = _read(receive_head(mesh, HEAD_LIMIT))
                     if head.position != message.position:
                         raise WeightsError(f"expected the state of {message.position}, got that of {head.position}")
-                    arrived = receive_weights(manifest_for(head, trainer.model), mesh, self._bucket_bytes)
+                    arrived = receive_weights(manifest_for(head, model), mesh, self._bucket_bytes)
                 except WeightsError as error:
                     raise MeshError(f"the state does not fit: {error}") from error
         except MeshError as error:
             get_logger().warning("no state was received", epoch=message.epoch, why=str(error))
             return None
-        restore(trainer, head, arrived.tensors)
+        trainer = take(head, arrived.area)
         digest = state_digest(head_of(trainer), tensors_of(trainer))
         seconds = time.perf_counter() - started
         self._received = StateReceived(message.epoch, message.position, digest, seconds)

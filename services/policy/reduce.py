@@ -1,23 +1,35 @@
-"""Sums over the members of a gradient mesh. Called by the trainer when a step has several members.
+"""Sums over the members of a gradient mesh, and over the ranks of a replica. Called by the trainer.
 
-Invariant: denominators are global, so the sum over members is the gradient of the whole minibatch; no member divides.
+Invariant: denominators are global, so the sum over all is the gradient of the whole minibatch; nobody divides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from shared.mesh import Mesh
 
 CARRIER = torch.device("cpu")
 """Where meshes take their tensors from."""
 
 
-def reduce_gradients(gradients: Sequence[Tensor], mesh: Mesh, bucket_bytes: int) -> None:
-    """Replace each gradient by its sum over all members, in flat buckets of about `bucket_bytes`; may raise MeshError.
+class Summing(Protocol):
+    """Processes that can sum: a mesh, or the ranks of a replica. `rank` is this one's number below `size`."""
+
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over all."""
+
+
+def reduce_gradients(gradients: Sequence[Tensor], mesh: Summing, bucket_bytes: int) -> None:
+    """Replace each gradient by its sum over all members, in flat buckets of about `bucket_bytes`; errors are `mesh`'s.
 
     All members pass gradients of equal shapes and dtypes in equal order, so they cut the same buckets.
     """
@@ -33,7 +45,7 @@ def reduce_gradients(gradients: Sequence[Tensor], mesh: Mesh, bucket_bytes: int)
         _reduce_bucket(bucket, mesh)
 
 
-def _reduce_bucket(bucket: Sequence[Tensor], mesh: Mesh) -> None:
+def _reduce_bucket(bucket: Sequence[Tensor], mesh: Summing) -> None:
     flat = torch.cat([g.reshape(-1) for g in bucket]).to(CARRIER)
     mesh.all_reduce(flat)
     for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
@@ -41,7 +53,7 @@ def _reduce_bucket(bucket: Sequence[Tensor], mesh: Mesh) -> None:
 
 
 def reduce_metrics(
-    sums: dict[str, float], maxima: dict[str, float], mesh: Mesh
+    sums: dict[str, float], maxima: dict[str, float], mesh: Summing
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The sums added up over members, and the largest of the maxima; all members hold the same names."""
     names, peaks = sorted(sums), sorted(maxima)

@@ -3,6 +3,9 @@
     bus thread -> inbox thread -+- FormMesh, RevokeMesh -> mesh membership (at once, even while a step is computed)
                                 +- everything else -----> main thread: the table of handlers below
 
+Of a replica of several ranks this is rank 0, which alone leases, reports and votes; whatever it does to its trainer the
+others do too, at the same time, by its orders (`services/policy/ranks`).
+
 Invariant: commands take effect in the order in which they arrive, each at most once; a repeated one is answered again.
 """
 
@@ -15,20 +18,37 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
 import msgspec
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedTokenizerBase
 
 from services.policy import checkpoint
-from services.policy.batch import BatchError, Frame
+from services.policy.batch import Frame
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
-from services.policy.peers import Peers
+from services.policy.learner import FATAL, Learner, prepare_torch
+from services.policy.peers import Head, Peers
+from services.policy.ranks.crew import Crew
+from services.policy.ranks.group import Ranks, check_built
+from services.policy.ranks.meshes import ReplicaMeshes, bounds
+from services.policy.ranks.orders import (
+    Abort,
+    AnyOrder,
+    Check,
+    Commit,
+    Done,
+    Forget,
+    Load,
+    RanksError,
+    Save,
+    Send,
+    Stage,
+    Take,
+    Train,
+)
 from services.policy.sft_rows import SftRows
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
 from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
@@ -67,13 +87,13 @@ from shared.messages import (
     TrainStep,
     WeightsFailed,
 )
-from shared.models import ModelError, load_model, load_tokenizer
-from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, ServiceArguments
+from shared.models import load_tokenizer
+from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.telemetry import get_logger
 from shared.weights import stage
 from shared.weights.publisher import Publisher
+from shared.weights.staging import Area
 
-EXIT_RESTART = 1
 RECEIVE_S = 0.25  # how long the inbox thread may sleep before it looks whether the service has ended, or shall leave
 DRAIN_SHARE = 0.5  # of timeouts.exit_s: how long a policy that was asked to leave waits for its Drain
 INBOX = 1024  # deliveries that may wait for the main thread before the bus is held back
@@ -84,30 +104,34 @@ class Stopped(BaseException):
 
 
 class PolicyService:
-    """One policy replica of one rank. `datasets` are those that SFT leases may name."""
+    """One policy replica. `datasets` are those that SFT leases may name; `crew` are the other ranks, if it has some."""
 
-    def __init__(self, arguments: ServiceArguments, client: BusClient, datasets: dict[str, Dataset]) -> None:
+    def __init__(
+        self,
+        arguments: ServiceArguments,
+        client: BusClient,
+        datasets: dict[str, Dataset],
+        crew: Crew | None = None,
+    ) -> None:
         recipe = arguments.recipe
         self._recipe, self._run_folder = recipe, arguments.run_folder
-        self._client, self._datasets = client, datasets
+        self._client, self._datasets, self._crew = client, datasets, crew
         self._log = get_logger()
-        self._meshes = MeshMembership(
-            MeshMember(arguments.replica, client.incarnation, 0),
-            client.request,
-            self._tell,
-            interface=recipe.weights.interface,
-            operation_timeout_s=recipe.timeouts.transfer_s,
-            reduction_timeout_s=recipe.timeouts.step_s / 2,  # so that a member says so before the step has run out
-        )
+        self._inbox: queue.Queue[Delivery | Exception] = queue.Queue(maxsize=INBOX)
+        member, ranks = MeshMember(arguments.replica, client.incarnation, 0), None
+        if crew is None:
+            self._meshes = MeshMembership(member, client.request, self._tell, **bounds(recipe))
+        else:
+            meshes = ReplicaMeshes(member, client.request, self._tell, recipe, crew, crew.world)
+            self._meshes, ranks = meshes, Ranks(recipe.weights.bucket_mb * MEGABYTE)
+            crew.listen(meshes.hear, self._over)
+        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, ranks)
         self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._publisher = Publisher(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
-        self._trainer: Trainer | None = None
-        self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: SftRows | None = None
         self._unusable = UnusableRows()
         self._done = 0
-        self._inbox: queue.Queue[Delivery | Exception] = queue.Queue(maxsize=INBOX)
         self._ended = threading.Event()
         self._asked_to_leave = False
         self._leave_at: float | None = None
@@ -139,6 +163,8 @@ class PolicyService:
                 if isinstance(item, Fenced):
                     self._log.warning("fenced: a newer process has this replica's name", why=str(item))
                     return EXIT_FENCED
+                if isinstance(item, RanksError):
+                    return self.give_up(item, fatal=item.fatal)
                 if isinstance(item, Exception):
                     raise item
                 code = self._handle(item)
@@ -152,7 +178,7 @@ class PolicyService:
 
     def leave(self) -> bool:
         """Ask the controller for a `Drain`; safe in a signal handler. False if there is nothing to wait for."""
-        if self._asked_to_leave or self._trainer is None:
+        if self._asked_to_leave or self._learner.trainer is None:
             return False
         self._asked_to_leave = True
         return True
@@ -164,6 +190,8 @@ class PolicyService:
                 self._leave_when_asked()
                 delivery = self._client.receive(RECEIVE_S)
             except Exception as error:  # the main thread decides what an end of the bus means
+                if self._crew is not None and isinstance(error, Fenced):
+                    self._crew.end(f"fenced: {error}", EXIT_FENCED)  # whatever hangs: one of the ranks may be silent
                 self._inbox.put(error)
                 return
             if delivery is None:
@@ -174,6 +202,11 @@ class PolicyService:
                 self._meshes.revoke(delivery.message)
             else:
                 self._inbox.put(delivery)
+
+    def _over(self, error: RanksError) -> None:
+        """Wake the main thread; one that has so much to do hears of it from the crew."""
+        with suppress(queue.Full):
+            self._inbox.put_nowait(error)
 
     def _leave_when_asked(self) -> None:
         """The step in hand is finished, and a checkpoint written if nobody else can: the controller tells when to go.
@@ -199,10 +232,12 @@ class PolicyService:
         except Fenced as error:
             self._log.warning("fenced: a newer process has this replica's name", why=str(error))
             return EXIT_FENCED
-        except (ModelError, DataError, CheckpointError, BatchError) as error:
+        except FATAL as error:
             return self.give_up(error, fatal=True)
         except TrainerError as error:
             return self.give_up(error, fatal=False)
+        except RanksError as error:
+            return self.give_up(error, fatal=error.fatal)
         self._done += 1
         return code
 
@@ -219,6 +254,10 @@ class PolicyService:
         except BusError as error:
             self._log.warning("a message could not be sent", message=type(message).__name__, why=str(error))
 
+    def _together(self, order: AnyOrder, frames: Sequence[Frame] = ()) -> AbstractContextManager[list[Done]]:
+        """What this rank does within, all ranks of the replica do; the list has their answers at the end."""
+        return self._crew.together(order, frames) if self._crew is not None else nullcontext([])
+
     # --- handlers: None goes on, a number ends the process with that code --------------------------------------------
 
     def _registered(self, message: Registered, _frames: Sequence[Frame]) -> None:
@@ -228,46 +267,19 @@ class PolicyService:
         self._log.warning("the controller refused a message", **msgspec.structs.asdict(message))
 
     def _load_state(self, message: LoadState, _frames: Sequence[Frame]) -> None:
-        if message.source == "peer":
-            self._await_state()
-            return
-        if self._trainer is None or self._trainer.position != message.position:
-            started = time.perf_counter()
-            model = self._make_model(weights=message.source == "initial")
-            trainer = Trainer(model, self._recipe, message.position, self._meshes.using)
-            if message.source == "checkpoint":
-                path = self._run_folder / message.path
-                try:
-                    checkpoint.load(trainer, path, message.position)
-                except CheckpointError as error:
-                    if not checkpoint.superseded(path):
-                        raise
-                    self._log.warning("the others have gone on, and their checkpoints with them", why=str(error))
-                    self._await_state()
-                    return
-            self._trainer = trainer
-            seconds = round(time.perf_counter() - started, 3)
-            self._log.info("model loaded", source=message.source, step=message.position.step, seconds=seconds)
-        self._client.hold(message.position)
-        self._client.send(StateLoaded(message.position))
-
-    def _await_state(self) -> None:
-        """Forget what is held; the model stands, and another policy's state will come into it."""
-        self._trainer = None
-        self._client.hold(None)
-        if self._model is None:
-            self._make_model(weights=False)
-        self._log.info("the model stands; its state comes from another policy")
-        self._client.send(StateLoaded(None))
-
-    def _make_model(self, *, weights: bool) -> PreTrainedModel:
-        self._trainer, self._model, self._rows = None, None, None  # give the memory back first
-        torch.manual_seed(self._recipe.run.seed)
-        self._model = load_model(self._recipe.model, self._recipe.run.seed, weights=weights)
-        self._tokenizer = load_tokenizer(self._recipe.model)
-        context = int(self._model.config.get_text_config().max_position_embeddings)
-        self._rows = SftRows(self._datasets, self._tokenizer, context)
-        return self._model
+        with self._together(Load(message)) as others:
+            holds = self._learner.load(message)
+        if holds and not all(done.holds for done in others):  # the checkpoint went while the ranks were reading it
+            with self._together(Forget()):
+                self._learner.forget()
+            holds = False
+        if self._rows is None:
+            self._tokenizer = load_tokenizer(self._recipe.model)
+            context = int(self._learner.built().config.get_text_config().max_position_embeddings)
+            self._rows = SftRows(self._datasets, self._tokenizer, context)
+        held = message.position if holds else None
+        self._client.hold(held)
+        self._client.send(StateLoaded(held))
 
     def _lease(self, message: Lease, _frames: Sequence[Frame]) -> None:
         if self._rows is None:
@@ -289,25 +301,31 @@ class PolicyService:
         self._log.info("leases revoked", count=len(message.leases), why=message.cause)
 
     def _train_step(self, message: TrainStep, frames: Sequence[Frame]) -> None:
-        if self._trainer is None:  # its state did not arrive: the controller was told, and takes the attempt back
+        trainer = self._learner.trainer
+        if trainer is None:  # its state did not arrive: the controller was told, and takes the attempt back
             self._log.warning("a step came, but no state to start it from", step=message.step, attempt=message.attempt)
             return
         with suppress(MeshError):  # the controller was told as MeshFailed and takes the attempt back
-            self._client.send(self._trainer.compute(message, frames))
+            with self._together(Train(message), frames):
+                vote = trainer.compute(message, frames)
+            self._client.send(vote)
 
     def _commit_step(self, message: CommitStep, _frames: Sequence[Frame]) -> None:
-        applied = self._loaded().apply(message)
+        trainer = self._learner.loaded()
+        with self._together(Commit(message)):
+            applied = trainer.apply(message)
         self._client.hold(applied.position)
         self._client.send(applied)
 
     def _abort_step(self, message: AbortStep, _frames: Sequence[Frame]) -> None:
         self._log.info("step aborted", step=message.step, attempt=message.attempt, why=message.cause)
-        if self._trainer is not None:
-            self._trainer.drop(message.step, message.attempt, message.lineage)
+        trainer = self._learner.trainer
+        if trainer is not None:
+            with self._together(Abort(message.step, message.attempt, message.lineage)):
+                trainer.drop(message.step, message.attempt, message.lineage)
 
     def _save_checkpoint(self, message: SaveCheckpoint, _frames: Sequence[Frame]) -> None:
-        trainer = self._loaded()
-        trainer.adopt(message.position)
+        trainer = self._adopted(Save(message.position))
         started = time.perf_counter()
         try:
             if trainer.position != message.position:
@@ -317,8 +335,8 @@ class PolicyService:
             keep = self._recipe.checkpoint.keep
             folder = self._run_folder / message.folder
             path, digest = checkpoint.save(trainer, folder, self._run_folder.name, recipe, keep)
-            if message.export and self._model is not None and self._tokenizer is not None:
-                export(self._model, self._tokenizer, self._run_folder / "export")
+            if message.export and self._tokenizer is not None:
+                export(trainer.model, self._tokenizer, self._run_folder / "export")
         except (CheckpointError, OSError) as error:
             self._log.error("checkpoint not written", step=message.position.step, why=str(error))
             self._client.send(CheckpointFailed(message.position, str(error)))
@@ -328,8 +346,7 @@ class PolicyService:
         self._client.send(CheckpointSaved(message.position, f"{message.folder}/{path.name}", digest))
 
     def _send_weights(self, message: SendWeights, _frames: Sequence[Frame]) -> None:
-        trainer = self._loaded()
-        trainer.adopt(message.position)
+        trainer = self._adopted(Stage(message.position))
         if self._publisher.offered != message.position:
             if trainer.position != message.position:
                 cause = f"expected to hold {message.position}, but this replica holds {trainer.position}"
@@ -339,30 +356,28 @@ class PolicyService:
         self._publisher.publish(message)
 
     def _send_state(self, message: SendState, _frames: Sequence[Frame]) -> None:
-        trainer = self._loaded()
-        trainer.adopt(message.position)
-        self._peers.send(message, trainer)
+        self._peers.send(message, self._adopted(Send(message.position)))
 
     def _receive_state(self, message: ReceiveState, _frames: Sequence[Frame]) -> None:
-        if self._model is None:
-            raise TrainerError("a state came before the model was made: expected LoadState first")
-        if self._peers.answer_again(message, self._trainer):
+        model = self._learner.built()
+        if self._peers.answer_again(message, self._learner.trainer):
             return
-        self._trainer = None  # what the model held is about to be overwritten
+        self._learner.trainer = None  # what the model held is about to be overwritten
         self._client.hold(None)
         started = time.perf_counter()
-        trainer = self._peers.receive(message, lambda at: Trainer(self._built(), self._recipe, at, self._meshes.using))
+        trainer = self._peers.receive(message, model, self._take)
         if trainer is None:
             return
-        self._trainer = trainer
         self._client.hold(trainer.position)
         seconds = round(time.perf_counter() - started, 3)
         self._log.info("state received", step=trainer.position.step, version=trainer.position.version, seconds=seconds)
 
+    def _take(self, head: Head, area: Area) -> Trainer:
+        with self._together(Take(head, area.manifest, area.path)):
+            return self._learner.take(head, area.tensors)
+
     def _check_state(self, message: CheckState, _frames: Sequence[Frame]) -> None:
-        trainer = self._loaded()
-        trainer.adopt(message.position)
-        self._peers.check(message, trainer)
+        self._peers.check(message, self._adopted(Check(message.position)))
 
     def _drain(self, message: Drain, _frames: Sequence[Frame]) -> int:
         self._log.info("drained", why=message.cause)  # leases are answered at once: nothing is to be handed back
@@ -372,14 +387,12 @@ class PolicyService:
         self._log.info("the run is over", why=message.cause)
         return EXIT_DONE
 
-    def _built(self) -> PreTrainedModel:
-        assert self._model is not None
-        return self._model
-
-    def _loaded(self) -> Trainer:
-        if self._trainer is None:
-            raise TrainerError("a command came before the model was loaded: expected LoadState first")
-        return self._trainer
+    def _adopted(self, order: Save | Stage | Send | Check) -> Trainer:
+        """The trainer, with what it holds named as the order's position where that is its own."""
+        trainer = self._learner.loaded()
+        with self._together(order):
+            trainer.adopt(order.position)
+        return trainer
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -417,6 +430,9 @@ def main(arguments: ServiceArguments) -> int:
     except Refusal as error:
         log.error("the controller does not want this replica", why=str(error))
         return EXIT_RESTART
+    except RanksError as error:
+        log.error("the ranks of this replica did not come together", why=str(error))
+        return EXIT_RESTART
     except Stopped:
         log.info("stopped by a signal")
         return EXIT_DONE
@@ -424,20 +440,28 @@ def main(arguments: ServiceArguments) -> int:
 
 def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
     recipe = arguments.recipe
-    torch.set_num_threads(recipe.policy.threads)
-    if recipe.run.deterministic:
-        torch.use_deterministic_algorithms(True)
-    disable_progress_bar()  # a service's output is its log
+    check_built(recipe.policy.parallel)
+    prepare_torch(recipe)
     datasets, problem = _open_datasets(recipe)
     identities = [dataset.identity for dataset in datasets.values()]
     client = BusClient(
-        arguments.controller, role="policy", replica=arguments.replica, settings=recipe.bus, datasets=identities
+        arguments.controller,
+        role="policy",
+        replica=arguments.replica,
+        world=recipe.policy.parallel.ranks,
+        settings=recipe.bus,
+        datasets=identities,
     )
     goodbye: str | None = None
     try:
         client.start(recipe.timeouts.register_s)
-        service = signals.service = PolicyService(arguments, client, datasets)
-        code = service.run() if problem is None else service.give_up(problem)
+        with ExitStack() as together:
+            crew = None
+            if recipe.policy.parallel.ranks > 1 and problem is None:
+                crew = together.enter_context(Crew(recipe, arguments.run_folder, client))
+                crew.form_world()
+            service = signals.service = PolicyService(arguments, client, datasets, crew)
+            code = service.run() if problem is None else service.give_up(problem)
         if code != EXIT_FENCED:
             goodbye = f"this replica ends with code {code}"  # said last: all that was sent before it has arrived
         return code

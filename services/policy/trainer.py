@@ -19,12 +19,10 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from services.policy.batch import Frame, rows_of, sequences_of
 from services.policy.correction import Correction, CorrectionSettings, Level
 from services.policy.layouts.compose import Layout
-from services.policy.layouts.grid import Grid
 from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_weights
 from services.policy.mismatch import Diagnosis, diagnose, mean_by_engine, names_by_engine, sums_by_engine
 from services.policy.optimizer import Optimizer
@@ -65,24 +63,19 @@ class Hand:
 class Trainer:
     """One replica's model in training, or one rank's part of it.
 
-    `meshes` lends the formed mesh of an epoch, for steps with several members. In a replica of several ranks, which
-    `grid` tells, all of them are asked the same in the same order: they meet in collectives.
+    `layout` is the model. `meshes` lends the formed mesh of an epoch, for steps with several members. All ranks of a
+    replica are asked the same in the same order: they meet in collectives.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        layout: Layout,
         recipe: Recipe,
         position: Position,
         meshes: Callable[[int], AbstractContextManager[Mesh]],
-        grid: Grid | None = None,
     ) -> None:
-        # dropout would make the trainer disagree with the engine about the same tokens
-        self.model = model.eval()
-        policy = recipe.policy
-        self.layout = Layout(
-            model, grid, sequence=policy.parallel.sequence, checkpointing=policy.gradient_checkpointing
-        )
+        self.layout = layout
+        self.model = layout.model
         self.recipe = recipe
         self.position = position
         self.stage: Stage | None = None
@@ -93,8 +86,8 @@ class Trainer:
         self._meshes = meshes
         self._hand: Hand | None = None
         self._applied: tuple[CommitStep, StepApplied] | None = None
-        self._device = next(model.parameters()).device
-        self._width = int(model.config.get_text_config().hidden_size)
+        self._device = next(self.model.parameters()).device
+        self._width = int(self.model.config.get_text_config().hidden_size)
 
     # --- the state machine ------------------------------------------------------------------------------------------
 
@@ -224,7 +217,7 @@ class Trainer:
         self.layout.sum_gradients(gradients)
         sums, maxima = self.layout.sum_metrics(totals.sums, totals.maxima)
         if step.mesh is not None:
-            with self._meshes(step.mesh) as mesh:
+            with self.layout.failing_together(), self._meshes(step.mesh) as mesh:
                 reduce_gradients(list(gradients.values()), mesh, self.recipe.weights.bucket_mb * MEGABYTE)
                 sums, maxima = reduce_metrics(sums, maxima, mesh)
         if step.index == 0 and micros and self.layout.whole:

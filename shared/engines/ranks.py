@@ -1,10 +1,12 @@
-"""An engine's workers as ranks of their replica: each on the bus, for its liveness, in the thread of its own client.
+"""A replica's further ranks: each on the bus, for its liveness, in the thread of its own client.
 
-    rank 0 (the service)  --invitation, by the engine's own channel-->  worker n, rank 1 + n  --Register--> controller
+    rank 0 (the service)  --invitation, by a channel of its own-->  worker n, rank 1 + n  --Register--> controller
+
+Workers are those of an engine (vLLM, SGLang), which come to be by its doing, and the members of a policy's replica.
 
 The invitation carries the nonce of the replica's start, so that a worker can only ever join the incarnation of the rank
 0 that started it. Workers are told nothing over the bus but that they are over: what they have to do comes from rank 0
-through the engine. Invariant: a worker whose replica was lost ends, whatever its engine is busy with.
+through that channel. Invariant: a worker whose replica was lost ends, whatever it is busy with.
 """
 
 from __future__ import annotations
@@ -39,19 +41,20 @@ class _Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def invitation(client: BusClient, welcome_s: float) -> bytes:
-    """What the workers of rank 0's engine need to join its replica (JSON); they wait `welcome_s` for the controller."""
+    """What the workers of rank 0 need to join its replica (JSON); they wait `welcome_s` for the controller."""
     me = client.passport
     bus = client.settings.model_dump()
     return msgspec.json.encode(_Invitation(client.address, me.role, me.replica, me.world, me.nonce, welcome_s, bus))
 
 
-def join(invited: bytes, worker: int) -> None:
+def join(invited: bytes, worker: int) -> BusClient:
     """Called in a worker: register as a rank of the replica, and stay. Called again, it changes nothing.
 
-    BusTimeout, Refusal or Fenced if the controller does not take it: the engine does not start.
+    The client is for questions alone; what it receives is taken here. BusTimeout, Refusal or Fenced if the controller
+    does not take this rank: the worker does not start.
     """
     if _joined:
-        return
+        return _joined[0]
     to = msgspec.json.decode(invited, type=_Invitation)
     client = BusClient(
         to.address,
@@ -66,6 +69,7 @@ def join(invited: bytes, worker: int) -> None:
     client.start(to.welcome_s)
     _joined.append(client)
     threading.Thread(target=_stay, args=(client,), name="rank", daemon=True).start()
+    return client
 
 
 def _stay(client: BusClient) -> None:

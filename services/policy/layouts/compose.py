@@ -8,7 +8,8 @@ gradients summed over those ranks that have the same weights, one norm, one set 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from services.policy.layouts.grid import DATA, Grid
 from services.policy.layouts.pipeline import Loss, Pipeline, keep_stage
 from services.policy.layouts.tensor import share_embedding, share_layer
 from services.policy.packing import MicroBatch, pack, share_out
+from shared.mesh import MeshError
 from shared.models import ModelError
-from shared.weights.slices import Architecture, Box, Parallel, Split, check_policy, held, is_vision, split_of
-from shared.weights.staging import spec_of
+from shared.weights.slices import Architecture, Box, Parallel, Split, check_policy, held, is_vision, owner, split_of
+from shared.weights.staging import manifest_of
 
 SUM_BYTES = 32 << 20
 """About how many bytes of gradients are summed in one go."""
@@ -39,11 +41,13 @@ class Layout:
     def __init__(
         self, model: PreTrainedModel, grid: Grid | None = None, *, sequence: bool = False, checkpointing: bool = False
     ) -> None:
-        self.model = model
+        # dropout would make the trainer disagree with the engine about the same tokens
+        self.model = model.eval()
         self.grid = grid = grid or Grid.alone()
         self._architecture = architecture_of(model)
         check(self._architecture, model, grid.parallel)
-        self._manifest = {name: spec_of(name, p) for name, p in model.named_parameters()}
+        self.manifest = manifest_of(model)
+        self._specs = {spec.name: spec for spec in self.manifest}
         text: Any = text_model(model)
         config = text.config
         keep_stage(model, text, grid)
@@ -81,12 +85,26 @@ class Layout:
 
     def box(self, name: str) -> Box | None:
         """Which part of a parameter this rank has; None for an empty one."""
-        return held(self._manifest[name], self._architecture, self.grid.parallel, self.grid.rank)
+        return held(self._specs[name], self._architecture, self.grid.parallel, self.grid.rank)
 
     @property
     def whole(self) -> bool:
         """Whether this rank has all of the model."""
         return self.grid.parallel.world == 1
+
+    def write(self, targets: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Copy this rank's parts into whole tensors of the same names, where no other rank is to do it."""
+        for name, part in parts.items():
+            spec = self._specs[name]
+            box = self.box(name)
+            if box is not None and owner(spec, self._architecture, self.grid.parallel, self.grid.rank):
+                targets[name][box.within(Box.whole(spec.shape))].copy_(part)
+
+    def places(self, name: str) -> tuple[slice, ...]:
+        """Where in the whole tensor this rank's part of it is."""
+        box = self.box(name)
+        shape = self._specs[name].shape
+        return (slice(0, 0),) if box is None else box.within(Box.whole(shape))
 
     def swap(self, weights: Mapping[str, Tensor]) -> None:
         """Exchange this rank's weights with others of their names and shapes, in place; again to undo it."""
@@ -170,6 +188,22 @@ class Layout:
             zip(sorted(maxima), peaks.tolist(), strict=True)
         )
 
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A MeshError on one rank within is one on all, so that none waits in the next collective for one that left."""
+        own: MeshError | None = None
+        try:
+            yield
+        except MeshError as error:
+            own = error
+        failed = torch.tensor([own is not None], dtype=torch.int32)
+        if not self.whole:
+            dist.all_reduce(failed)
+        if own is not None:
+            raise own
+        if int(failed):
+            raise MeshError(f"{int(failed)} ranks of this replica failed in their groups; their logs say why")
+
     # --- cutting ----------------------------------------------------------------------------------------------------------
 
     def _cut(self) -> None:
@@ -192,7 +226,7 @@ class Layout:
         parallel = self.grid.parallel
         rank = Parallel(pp=parallel.pp, ep=parallel.ep, tp=parallel.tp)
         place = self.grid.place._replace(replicate=0, fsdp=0, cp=0)
-        box = held(self._manifest[name], self._architecture, rank, rank.rank_of(place))
+        box = held(self._specs[name], self._architecture, rank, rank.rank_of(place))
         assert box is not None, f"{name} is of another stage"
         return box
 
@@ -204,7 +238,7 @@ class Layout:
     def _sums_of(self, name: str, sequence: bool) -> tuple[str, ...]:
         """The axes over which a parameter's gradients are summed after backward; FSDP sums over its own."""
         axes = {"replicate", "ep", "cp"}
-        split = split_of(name, self._manifest[name].shape)
+        split = split_of(name, self._specs[name].shape)
         if split is Split.EXPERTS:
             axes.remove("ep")  # they had the tokens of all ranks of the axis
         elif split is Split.WHOLE and not is_vision(name):
@@ -216,7 +250,7 @@ class Layout:
     def _copies_of(self, name: str) -> int:
         """How many ranks of the replica have each element that this rank has of a parameter."""
         parallel = self.grid.parallel
-        boxes = [held(self._manifest[name], self._architecture, parallel, rank) for rank in range(parallel.world)]
+        boxes = [held(self._specs[name], self._architecture, parallel, rank) for rank in range(parallel.world)]
         return max(1, boxes.count(boxes[self.grid.rank]))
 
 

@@ -51,12 +51,22 @@ def skeleton(tools: Any, recipe: Any, position: Position, meshes: Any = None) ->
     return trainer
 
 
+def into(receiver: Any) -> Any:
+    """What puts a state into this trainer."""
+
+    def take(head: Any, area: Any) -> Any:
+        restore(receiver, head, area.tensors)
+        return receiver
+
+    return take
+
+
 def transfer(pair: Any, source: Any, receiver: Any) -> tuple[Any, Any]:
     """Send the source's state over the mesh of the pair; what both sides said."""
     a, b = pair
     sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
     sending.send(SendState(1, source.position), source)
-    found = receiving.receive(ReceiveState(1, source.position), lambda position: receiver)
+    found = receiving.receive(ReceiveState(1, source.position), receiver.model, into(receiver))
     assert found is receiver
     return a.next(), b.next()
 
@@ -89,7 +99,8 @@ def test_the_copy_is_of_the_moment_it_was_asked_for(pair: Any, tools: Any) -> No
     step, frames = tools.step(recipe, position, attempt=2, seed=1)
     source.compute(step, frames)
     source.apply(CommitStep(step.step, 2, 0))  # before the receiver has even asked
-    receiving.receive(ReceiveState(1, position), lambda at: skeleton(tools, recipe, at))
+    receiver = skeleton(tools, recipe, position)
+    receiving.receive(ReceiveState(1, position), receiver.model, into(receiver))
     assert a.next().digest == b.next().digest == before != state_digest(head_of(source), tensors_of(source))
 
 
@@ -130,7 +141,8 @@ def test_a_state_of_another_model_is_refused_and_both_sides_say_so(pair: Any, to
     other = tools.recipe(model__build={**tools.recipe().model.build.model_dump(), "hidden_size": 32})
     sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
     sending.send(SendState(1, source.position), source)
-    assert receiving.receive(ReceiveState(1, source.position), lambda at: tools.trainer(other, at)) is None
+    receiver = tools.trainer(other, source.position)
+    assert receiving.receive(ReceiveState(1, source.position), receiver.model, into(receiver)) is None
     answer = b.next()
     assert isinstance(answer, MeshFailed) and "do not fit this model" in answer.cause
     assert isinstance(a.next(), MeshFailed)
@@ -150,7 +162,7 @@ def test_what_was_said_is_said_again(pair: Any, tools: Any) -> None:
     source, receiver = trained(tools, recipe, 1), skeleton(tools, recipe, Position(0, 1, 1))
     sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
     sending.send(SendState(1, source.position), source)
-    receiving.receive(ReceiveState(1, source.position), lambda at: receiver)
+    receiving.receive(ReceiveState(1, source.position), receiver.model, into(receiver))
     first = a.next(), b.next()
     sending.send(SendState(1, source.position), source)
     assert receiving.answer_again(ReceiveState(1, source.position), receiver)

@@ -159,9 +159,9 @@ def load(running: Running) -> Any:
 
 def test_the_model_is_loaded_once_and_a_repeated_order_answered_again(running: Running) -> None:
     assert load(running) == StateLoaded(START)
-    trainer = running.service._trainer
+    trainer = running.service._learner.trainer
     assert load(running) == StateLoaded(START)
-    assert running.service._trainer is trainer
+    assert running.service._learner.trainer is trainer
 
 
 def test_an_sft_lease_is_reported_at_once(running: Running) -> None:

@@ -1,0 +1,131 @@
+"""What one rank of a policy holds: the model and its trainer. Every rank has one, and all make the same calls.
+
+Invariant: `trainer` is None while the model holds nothing that could be trained on: before the first load, and until
+another policy's state has come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from services.policy import checkpoint, peers
+from services.policy.batch import BatchError
+from services.policy.checkpoint import CheckpointError
+from services.policy.ranks.orders import Kind
+from services.policy.trainer import Trainer, TrainerError
+from shared.config import Recipe
+from shared.data.dataset import DataError
+from shared.mesh import Mesh, MeshError
+from shared.messages import LoadState, Position
+from shared.models import ModelError, load_model
+from shared.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from services.policy.ranks.group import Ranks
+
+
+FATAL = (ModelError, DataError, CheckpointError, BatchError)
+"""Errors that a fresh process would meet again."""
+
+
+def kind_of(error: Exception) -> Kind:
+    """What an error of a learner means, on any rank."""
+    if isinstance(error, MeshError):
+        return "mesh"
+    return "fatal" if isinstance(error, FATAL) else "restart"
+
+
+def prepare_torch(recipe: Recipe) -> None:
+    """Threads, determinism and silence, the same on every rank."""
+    torch.set_num_threads(recipe.policy.threads)
+    if recipe.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    disable_progress_bar()  # a service's output is its log
+
+
+class Learner:
+    """The model and trainer of this rank. `meshes` and `ranks` are what its trainers sum over."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_folder: Path,
+        meshes: Callable[[int], AbstractContextManager[Mesh]],
+        ranks: Ranks | None,
+    ) -> None:
+        self.model: PreTrainedModel | None = None
+        self.trainer: Trainer | None = None
+        self._recipe, self._run_folder = recipe, run_folder
+        self._meshes, self._ranks = meshes, ranks
+
+    def load(self, order: LoadState) -> bool:
+        """Hold the state that the order names; False, and nothing is held, if it will come from another policy.
+
+        So it does when the checkpoint was deleted because the others have gone on. ModelError, CheckpointError.
+        """
+        if order.source == "peer":
+            self.forget()
+            return False
+        if self.trainer is not None and self.trainer.position == order.position:
+            return True
+        started = time.perf_counter()
+        trainer = self._trainer(self._make_model(weights=order.source == "initial"), order.position)
+        if order.source == "checkpoint":
+            path = self._run_folder / order.path
+            try:
+                checkpoint.load(trainer, path, order.position)
+            except CheckpointError as error:
+                if not checkpoint.superseded(path):
+                    raise
+                get_logger().warning("the others have gone on, and their checkpoints with them", why=str(error))
+                self.forget()
+                return False
+        self.trainer = trainer
+        seconds = round(time.perf_counter() - started, 3)
+        get_logger().info("model loaded", source=order.source, step=order.position.step, seconds=seconds)
+        return True
+
+    def forget(self) -> None:
+        """Hold nothing; the model stands, and another policy's state will come into it."""
+        self.trainer = None
+        if self.model is None:
+            self._make_model(weights=False)
+        get_logger().info("the model stands; its state comes from another policy")
+
+    def take(self, head: peers.Head, tensors: dict[str, Tensor]) -> Trainer:
+        """Hold another policy's state, which `tensors` are a copy of; WeightsError if it does not fit the model."""
+        self.trainer = None  # what the model held is about to be overwritten
+        trainer = self._trainer(self.built(), head.position)
+        peers.restore(trainer, head, tensors)
+        self.trainer = trainer
+        return trainer
+
+    def built(self) -> PreTrainedModel:
+        """The model, whatever it holds; TrainerError before it was made."""
+        if self.model is None:
+            raise TrainerError("a command came before the model was made: expected LoadState first")
+        return self.model
+
+    def loaded(self) -> Trainer:
+        """The trainer; TrainerError if no state is held."""
+        if self.trainer is None:
+            raise TrainerError("a command came before the model was loaded: expected LoadState first")
+        return self.trainer
+
+    def _make_model(self, *, weights: bool) -> PreTrainedModel:
+        self.trainer, self.model = None, None  # give the memory back first
+        torch.manual_seed(self._recipe.run.seed)
+        self.model = load_model(self._recipe.model, self._recipe.run.seed, weights=weights)
+        return self.model
+
+    def _trainer(self, model: PreTrainedModel, position: Position) -> Trainer:
+        return Trainer(model, self._recipe, position, self._meshes, self._ranks)

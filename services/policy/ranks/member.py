@@ -1,0 +1,177 @@
+"""A rank of a policy replica beside rank 0: obeys its orders, one after the other.
+
+    orders -> inbox thread -+- Form, Revoke -> mesh membership (at once, even while a step is computed)
+                            +- everything else -> main thread: the table of handlers below, an answer to each
+
+Invariants: it ends with rank 0, however that ends; an error is rank 0's to judge, and this process lives on until rank
+0 ends it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from services.policy.batch import Frame
+from services.policy.learner import Learner, kind_of, prepare_torch
+from services.policy.ranks.channel import MemberChannel
+from services.policy.ranks.group import Ranks, form_world, leave_world
+from services.policy.ranks.meshes import bounds, of_rank
+from services.policy.ranks.orders import (
+    Abort,
+    Adopting,
+    AnyOrder,
+    Check,
+    Commit,
+    Done,
+    Failed,
+    Forget,
+    Form,
+    Leave,
+    Load,
+    Revoke,
+    Save,
+    Send,
+    Stage,
+    Take,
+    Told,
+    Train,
+)
+from services.policy.trainer import MEGABYTE
+from shared.config import Recipe
+from shared.engines.ranks import join
+from shared.mesh.membership import MeshMembership
+from shared.messages import AnyMessage, MeshFailed, MeshFormed, MeshMember
+from shared.service import EXIT_DONE, begin_logging
+from shared.telemetry import get_logger
+from shared.weights import area_bytes, open_shared, tensor_views
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a member is told over its standard input (JSON). `folder` has the sockets; `store` is what ranks meet by."""
+
+    recipe: dict[str, Any]
+    run_folder: str
+    replica: str
+    rank: int
+    world: int
+    folder: str
+    store: str
+    invitation: bytes
+
+
+def run(told: bytes) -> int:
+    """One member, until it is told to leave; returns the exit code."""
+    start = msgspec.json.decode(told, type=Start)
+    begin_logging(Path(start.run_folder), "policy", f"{start.replica}.{start.rank}")
+    recipe = Recipe.model_validate(start.recipe)
+    prepare_torch(recipe)
+    client = join(start.invitation, start.rank - 1)
+    channel = MemberChannel(Path(start.folder), start.rank)
+
+    def tell(message: AnyMessage) -> None:
+        assert isinstance(message, MeshFormed | MeshFailed)
+        channel.answer(Told(start.rank, message))
+
+    member = MeshMember(start.replica, client.incarnation, start.rank)
+    meshes = MeshMembership(member, client.request, tell, **bounds(recipe))
+    orders = Orders(channel, meshes)
+    orders.begin()  # here: all ranks are, when all have answered this
+    timeouts = recipe.timeouts
+    form_world(start.rank, start.world, start.store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
+    ranks = Ranks(recipe.weights.bucket_mb * MEGABYTE)
+    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, ranks))
+    leave_world()
+    client.close()
+    return EXIT_DONE
+
+
+class Orders:
+    """Takes rank 0's orders from the channel and answers them."""
+
+    def __init__(self, channel: MemberChannel, meshes: MeshMembership) -> None:
+        self._channel, self._meshes = channel, meshes
+        self._inbox: queue.SimpleQueue[tuple[int, AnyOrder, list[memoryview]]] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, name="inbox", daemon=True).start()
+
+    def begin(self) -> None:
+        """Answer the first order."""
+        number, _, _ = self._inbox.get()
+        self._channel.answer(Done(self._channel.rank, number, holds=False))
+
+    def obey(self, learner: Learner) -> None:
+        """Carry out orders with this learner until one of them is to leave."""
+        rank = self._channel.rank
+        while True:
+            number, order, frames = self._inbox.get()
+            if isinstance(order, Leave):
+                return
+            try:
+                HANDLERS[type(order)](learner, order, frames)
+            except Exception as error:
+                kind = kind_of(error)
+                get_logger().error("an order failed", order=type(order).__name__, exc_info=error)
+                cause = str(error) if kind != "restart" else f"{type(error).__name__}: {error}"
+                self._channel.answer(Failed(rank, number, kind, cause))
+            else:
+                self._channel.answer(Done(rank, number, learner.trainer is not None))
+
+    def _receive(self) -> None:
+        """Inbox thread: groups are formed and left while a step is computed, all else waits its turn."""
+        while True:
+            number, order, frames = self._channel.receive()
+            if isinstance(order, Form):
+                self._meshes.form(of_rank(order.mesh, self._channel.rank))
+            elif isinstance(order, Revoke):
+                self._meshes.revoke(order.mesh)
+            else:
+                self._inbox.put((number, order, frames))
+
+
+def _load(learner: Learner, order: Load, _frames: list[memoryview]) -> None:
+    learner.load(order.state)
+
+
+def _forget(learner: Learner, _order: Forget, _frames: list[memoryview]) -> None:
+    learner.forget()
+
+
+def _train(learner: Learner, order: Train, frames: list[memoryview]) -> None:
+    taken: list[Frame] = [*frames]
+    learner.loaded().compute(order.step, taken)
+
+
+def _commit(learner: Learner, order: Commit, _frames: list[memoryview]) -> None:
+    learner.loaded().apply(order.commit)
+
+
+def _abort(learner: Learner, order: Abort, _frames: list[memoryview]) -> None:
+    learner.loaded().drop(order.step, order.attempt, order.lineage)
+
+
+def _adopt(learner: Learner, order: Adopting, _frames: list[memoryview]) -> None:
+    learner.loaded().adopt(order.position)  # every rank holds the whole state: rank 0 has what it needs
+
+
+def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:
+    memory = open_shared(order.path, area_bytes(order.manifest))
+    learner.take(order.head, tensor_views(memory, order.manifest))
+
+
+HANDLERS: dict[type, Callable[[Learner, Any, list[memoryview]], None]] = {
+    Load: _load,
+    Forget: _forget,
+    Train: _train,
+    Commit: _commit,
+    Abort: _abort,
+    Save: _adopt,
+    Stage: _adopt,
+    Send: _adopt,
+    Check: _adopt,
+    Take: _take,
+}

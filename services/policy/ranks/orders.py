@@ -1,0 +1,174 @@
+"""What rank 0 asks of the other ranks of its replica, and what they answer: one typed struct each, msgpack on the wire.
+
+Invariant: an order is what rank 0 does to its own trainer at that moment. All ranks take the same orders in the same
+sequence, so that they enter the same collectives. `Form` and `Revoke` alone are taken at once, and answered by what the
+mesh reports.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import msgspec
+
+from services.policy.peers import Head
+from shared.messages import (
+    CommitStep,
+    FormMesh,
+    LoadState,
+    MeshFailed,
+    MeshFormed,
+    Position,
+    RevokeMesh,
+    TrainStep,
+)
+from shared.weights import TensorSpec
+
+Kind = Literal["fatal", "restart", "mesh"]
+"""What an error means: no process would do better; a fresh one may; the attempt is taken back."""
+
+
+class RanksError(Exception):
+    """A rank of this replica failed, died or did not answer: the replica ends, and with `fatal` the run."""
+
+    def __init__(self, text: str, *, fatal: bool = False) -> None:
+        super().__init__(text)
+        self.fatal = fatal
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="order"):
+    """Base of every order. `patience` is the name in [timeouts] of how long rank 0 waits for the answers."""
+
+    patience: ClassVar[str] = "step_s"
+
+
+class Begin(Order, frozen=True):
+    """The first one: be there. Answered once the process has loaded its libraries and is a rank on the bus."""
+
+    patience = "load_s"
+
+
+class Load(Order, frozen=True):
+    """`Learner.load`; the answer's `holds` is what that returns."""
+
+    state: LoadState
+    patience = "load_s"
+
+
+class Forget(Order, frozen=True):
+    """`Learner.forget`: the state will come from another policy."""
+
+
+class Train(Order, frozen=True):
+    """`Trainer.compute`; the step's payload frames follow."""
+
+    step: TrainStep
+
+
+class Commit(Order, frozen=True):
+    """`Trainer.apply`."""
+
+    commit: CommitStep
+
+
+class Abort(Order, frozen=True):
+    """`Trainer.drop`."""
+
+    step: int
+    attempt: int
+    lineage: int
+
+
+class Adopting(Order, frozen=True):
+    """Base of what begins with `Trainer.adopt`: rank 0 is about to use the replica's whole state."""
+
+    position: Position
+
+
+class Save(Adopting, frozen=True):
+    """A checkpoint is written."""
+
+    patience = "checkpoint_s"
+
+
+class Stage(Adopting, frozen=True):
+    """The weights are staged for a transfer."""
+
+
+class Send(Adopting, frozen=True):
+    """The whole state is staged for another policy."""
+
+
+class Check(Adopting, frozen=True):
+    """The state's digest is told."""
+
+
+class Take(Order, frozen=True):
+    """`Learner.take`: another policy's state has come to rank 0, which shares the memory that it lies in by `path`."""
+
+    head: Head
+    manifest: list[TensorSpec]
+    path: str
+    patience = "load_s"
+
+
+class Form(Order, frozen=True):
+    """Build this rank's own group of a gradients mesh. Answered by `Told`."""
+
+    mesh: FormMesh
+
+
+class Revoke(Order, frozen=True):
+    """Leave the group of that epoch. Not answered."""
+
+    mesh: RevokeMesh
+
+
+class Leave(Order, frozen=True):
+    """End this process. Answered by its end."""
+
+
+AnyOrder = Begin | Load | Forget | Train | Commit | Abort | Save | Stage | Send | Check | Take | Form | Revoke | Leave
+
+
+class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An order on the wire; answers repeat its number."""
+
+    number: int
+    order: AnyOrder
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="answer"):
+    """Base of what a member says."""
+
+    rank: int
+
+
+class Done(Answer, frozen=True):
+    """The order was carried out. `holds`: of `Load`, whether the state is held now."""
+
+    number: int
+    holds: bool
+
+
+class Failed(Answer, frozen=True):
+    """The order ended in an error."""
+
+    number: int
+    kind: Kind
+    cause: str
+
+
+class Told(Answer, frozen=True):
+    """What this rank has to say of one of its groups."""
+
+    message: MeshFormed | MeshFailed
+
+
+AnyAnswer = Done | Failed | Told
