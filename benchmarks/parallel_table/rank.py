@@ -2,8 +2,8 @@
 
     python -m benchmarks.parallel_table.rank FOLDER RANK FAMILY LAYOUT [FAMILY LAYOUT ...]
 
-Every rank leaves its part of the gradients in FOLDER; rank 0 puts them together, compares with one process, and leaves a
-verdict for each cell, FAMILY-LAYOUT.json.
+Every rank leaves its part of the gradients in FOLDER; rank 0 compares them with one process, and leaves a verdict for
+each cell, FAMILY-LAYOUT.json.
 """
 
 from __future__ import annotations

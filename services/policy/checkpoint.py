@@ -13,20 +13,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.policy.durable import replace_folder, sync_tree
+from services.policy.layouts.compose import Layout
+from services.policy.state import kinds
 from services.policy.trainer import Snapshot, Stage, Trainer
 from shared.messages import Position
 from shared.weights import digest_of
-from shared.weights.staging import named_weights
+from shared.weights.staging import load_tensors
 
 FORMAT = 1
 MODEL, OPTIMIZER, REFERENCE, RANDOM = (
@@ -36,6 +39,8 @@ MODEL, OPTIMIZER, REFERENCE, RANDOM = (
     "random.safetensors",
 )
 STATE, MANIFEST = "state.json", "manifest.json"
+TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names of types, and torch's."""
 
 
 class CheckpointError(Exception):
@@ -68,10 +73,13 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(trainer: Trainer, folder: Path, run: str, recipe: str, keep: int) -> tuple[Path, str]:
+def save(
+    trainer: Trainer, whole: Mapping[str, Tensor], folder: Path, run: str, recipe: str, keep: int
+) -> tuple[Path, str]:
     """Write `folder`/<step> durably, delete what is older than the newest `keep`, return (path, weights digest).
 
-    A complete checkpoint of the same run and position is left as it is. Raises CheckpointError.
+    `whole` are the tensors of the state (`state.tensors_of`), put together from all ranks. A complete checkpoint of the
+    same run and position is left as it is. Raises CheckpointError.
     """
     if not trainer.between_batches:
         raise CheckpointError(folder, "weights between two batches", f"step {trainer.position.step} inside one",
@@ -89,7 +97,7 @@ def save(trainer: Trainer, folder: Path, run: str, recipe: str, keep: int) -> tu
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         partial.mkdir()
-        digest = _write(trainer, partial, _same_reference(trainer, folder), run, recipe)
+        digest = _write(trainer, whole, partial, _same_reference(trainer, folder), run, recipe)
         sync_tree(partial)
         replace_folder(partial, target)
     except (OSError, SafetensorError) as error:
@@ -102,22 +110,30 @@ def save(trainer: Trainer, folder: Path, run: str, recipe: str, keep: int) -> tu
     return target, digest
 
 
-def _write(trainer: Trainer, partial: Path, same_reference: Path | None, run: str, recipe: str) -> str:
-    weights = named_weights(trainer.model)
+def _write(
+    trainer: Trainer,
+    whole: Mapping[str, Tensor],
+    partial: Path,
+    same_reference: Path | None,
+    run: str,
+    recipe: str,
+) -> str:
+    by_kind = kinds(whole)
+    weights = by_kind["model"]
     files = {MODEL: weights, RANDOM: _random_state()}
     if trainer.optimizer is not None:
-        files[OPTIMIZER] = trainer.optimizer.tensors()
+        files[OPTIMIZER] = by_kind["optimizer"]
     manifest: dict[str, Entry] = {}
     if trainer.reference is not None and same_reference is not None:
         # it never changes within a stage: a second name for the same file costs nothing
         os.link(same_reference / REFERENCE, partial / REFERENCE)
         manifest[REFERENCE] = _read_manifest(same_reference)[REFERENCE]
     elif trainer.reference is not None:
-        files[REFERENCE] = trainer.reference.tensors
+        files[REFERENCE] = by_kind["reference"]
     for name, tensors in files.items():
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / name)
     digest = digest_of(weights)
-    state = State(
+    head = State(
         format=FORMAT,
         run=run,
         recipe=recipe,
@@ -127,7 +143,7 @@ def _write(trainer: Trainer, partial: Path, same_reference: Path | None, run: st
         reference=trainer.reference.position if trainer.reference is not None else None,
         digest=digest,
     )
-    (partial / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
+    (partial / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(head), indent=2))
     for name in (*files, STATE):
         manifest[name] = _entry(partial / name)
     encoded = {name: msgspec.to_builtins(entry) for name, entry in sorted(manifest.items())}
@@ -251,24 +267,22 @@ def load(trainer: Trainer, path: Path, position: Position) -> None:
 
     `position` may name a later lineage than the checkpoint's: after a rollback a new lineage starts from it.
     """
-    state = verify(path)
-    if (state.position.version, state.position.step) != (position.version, position.step):
+    head = verify(path)
+    if (head.position.version, head.position.step) != (position.version, position.step):
         raise CheckpointError(
-            path, f"the state of {position}", f"that of {state.position}", "name the checkpoint of that step"
+            path, f"the state of {position}", f"that of {head.position}", "name the checkpoint of that step"
         )
-    tensors = load_file(path / MODEL)
-    own = named_weights(trainer.model)
-    _refuse_foreign(path, own, tensors)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    layout = trainer.layout
+    _refuse_foreign(path, layout)
+    load_tensors(layout.weights(), _parts(path / MODEL, layout))
+    device = next(trainer.model.parameters()).device
     reference = None
-    if state.reference is not None:
-        device = next(trainer.model.parameters()).device
-        reference = Snapshot(state.reference, load_file(path / REFERENCE, device=str(device)))
-    optimizer = load_file(path / OPTIMIZER) if state.stage is not None else {}
+    if head.reference is not None:
+        tensors = {name: part.to(device) for name, part in _parts(path / REFERENCE, layout).items()}
+        reference = Snapshot(head.reference, tensors)
+    optimizer = _parts(path / OPTIMIZER, layout, "/") if head.stage is not None else {}
     try:
-        trainer.restore(position, state.stage, state.optimizer_steps, optimizer, reference)
+        trainer.restore(position, head.stage, head.optimizer_steps, optimizer, reference)
     except KeyError as error:
         raise CheckpointError(
             path, f"the tensor {error} of optimizer or reference", "none", "use another checkpoint"
@@ -276,15 +290,29 @@ def load(trainer: Trainer, path: Path, position: Position) -> None:
     _restore_random(load_file(path / RANDOM))
 
 
-def _refuse_foreign(path: Path, own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    for name in sorted(own.keys() | found.keys()):
-        wanted, got = (_describe(tensors.get(name)) for tensors in (own, found))
-        if wanted != got:
-            raise CheckpointError(path, f"{name}: {wanted}", got, "it is of another model: check [model] in the recipe")
+def _parts(file: Path, layout: Layout, behind: str = "") -> dict[str, Tensor]:
+    """This rank's parts of a file's tensors, and no more read; a tensor's parameter is named `behind` that mark."""
+    own = layout.parameters()
+    found = {}
+    with safe_open(file, "pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            parameter = name.partition(behind)[2] if behind else name
+            if parameter in own:
+                found[name] = layout.cut(parameter, opened.get_slice(name))
+    return found
 
 
-def _describe(tensor: Tensor | None) -> str:
-    return "no such tensor" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+def _refuse_foreign(path: Path, layout: Layout) -> None:
+    wanted = {spec.name: f"{spec.dtype}{spec.shape}" for spec in layout.manifest}
+    with safe_open(path / MODEL, "pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        got = {name: f"{TYPES.get(s.get_dtype(), s.get_dtype())}{s.get_shape()}" for name, s in slices.items()}
+    for name in sorted(wanted.keys() | got.keys()):
+        ours, theirs = (found.get(name, "no such tensor") for found in (wanted, got))
+        if ours != theirs:
+            raise CheckpointError(
+                path, f"{name}: {ours}", theirs, "it is of another model: check [model] in the recipe"
+            )
 
 
 def _restore_random(states: dict[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ class Decoder(nn.Module):
         self._grid = grid
         self._context, self._tensor = grid.axis("cp"), grid.axis("tp")
         self._sequence = sequence
-        config = self.text.config
+        config: Any = self.text.config
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ModelError("expected layers that attend to all that came before, got sliding windows: not supported")
         config._attn_implementation = PACKED
@@ -42,8 +42,8 @@ class Decoder(nn.Module):
     def forward(self, micro: MicroBatch, hidden: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [T] of the response tokens; before the last stage, its hidden states.
 
-        `hidden` [1, S here, H] comes from the stage before. With context or sequence parallelism S here is a rank's part
-        of the line.
+        `hidden` [1, S here, H] comes from the stage before. With context or sequence parallelism S here is a rank's
+        part of the line.
         """
         context = self._context
         first, last = part(micro.size, context.size, context.index)
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         return logprobs, entropy
 
 
-def text_model(model: PreTrainedModel) -> nn.Module:
+def text_model(model: PreTrainedModel) -> Any:
     """The part of a model that has embeddings, layers and norm."""
     base: Any = model.model
     return base.language_model if hasattr(base, "language_model") else base

@@ -1,4 +1,4 @@
-"""What one rank of a policy holds: the model and its trainer. Every rank has one, and all make the same calls.
+"""What one rank of a policy holds: its part of the model, and its trainer. All ranks make the same calls.
 
 Invariant: `trainer` is None while the model holds nothing that could be trained on: before the first load, and until
 another policy's state has come.
@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from services.policy import checkpoint, peers
+from services.policy import checkpoint, state
 from services.policy.batch import BatchError
 from services.policy.checkpoint import CheckpointError
+from services.policy.layouts.compose import Layout, layout_of
+from services.policy.layouts.grid import Grid
 from services.policy.ranks.orders import Kind
 from services.policy.trainer import Trainer, TrainerError
 from shared.config import Recipe
@@ -28,10 +28,6 @@ from shared.mesh import Mesh, MeshError
 from shared.messages import LoadState, Position
 from shared.models import ModelError, load_model
 from shared.telemetry import get_logger
-
-if TYPE_CHECKING:
-    from services.policy.ranks.group import Ranks
-
 
 FATAL = (ModelError, DataError, CheckpointError, BatchError)
 """Errors that a fresh process would meet again."""
@@ -53,19 +49,19 @@ def prepare_torch(recipe: Recipe) -> None:
 
 
 class Learner:
-    """The model and trainer of this rank. `meshes` and `ranks` are what its trainers sum over."""
+    """The layout and trainer of this rank, whose place is `grid`; `meshes` are those of steps with other replicas."""
 
     def __init__(
         self,
         recipe: Recipe,
         run_folder: Path,
         meshes: Callable[[int], AbstractContextManager[Mesh]],
-        ranks: Ranks | None,
+        grid: Grid,
     ) -> None:
-        self.model: PreTrainedModel | None = None
+        self.layout: Layout | None = None
         self.trainer: Trainer | None = None
         self._recipe, self._run_folder = recipe, run_folder
-        self._meshes, self._ranks = meshes, ranks
+        self._meshes, self._grid = meshes, grid
 
     def load(self, order: LoadState) -> bool:
         """Hold the state that the order names; False, and nothing is held, if it will come from another policy.
@@ -78,7 +74,7 @@ class Learner:
         if self.trainer is not None and self.trainer.position == order.position:
             return True
         started = time.perf_counter()
-        trainer = self._trainer(self._make_model(weights=order.source == "initial"), order.position)
+        trainer = self._trainer(self._lay_out(weights=order.source == "initial"), order.position)
         if order.source == "checkpoint":
             path = self._run_folder / order.path
             try:
@@ -97,23 +93,29 @@ class Learner:
     def forget(self) -> None:
         """Hold nothing; the model stands, and another policy's state will come into it."""
         self.trainer = None
-        if self.model is None:
-            self._make_model(weights=False)
+        if self.layout is None:
+            self._lay_out(weights=False)
         get_logger().info("the model stands; its state comes from another policy")
 
-    def take(self, head: peers.Head, tensors: dict[str, Tensor]) -> Trainer:
+    def take(self, head: state.Head, tensors: dict[str, Tensor]) -> Trainer:
         """Hold another policy's state, which `tensors` are a copy of; WeightsError if it does not fit the model."""
         self.trainer = None  # what the model held is about to be overwritten
         trainer = self._trainer(self.built(), head.position)
-        peers.restore(trainer, head, tensors)
+        state.restore(trainer, head, tensors)
         self.trainer = trainer
         return trainer
 
-    def built(self) -> PreTrainedModel:
+    def gather(self, position: Position, what: state.Whole, targets: dict[str, Tensor]) -> None:
+        """Copy what this rank owns of the replica's weights or state into whole tensors."""
+        trainer = self.loaded()
+        trainer.adopt(position)
+        state.write(trainer, what, targets)
+
+    def built(self) -> Layout:
         """The model, whatever it holds; TrainerError before it was made."""
-        if self.model is None:
+        if self.layout is None:
             raise TrainerError("a command came before the model was made: expected LoadState first")
-        return self.model
+        return self.layout
 
     def loaded(self) -> Trainer:
         """The trainer; TrainerError if no state is held."""
@@ -121,11 +123,13 @@ class Learner:
             raise TrainerError("a command came before the model was loaded: expected LoadState first")
         return self.trainer
 
-    def _make_model(self, *, weights: bool) -> PreTrainedModel:
-        self.trainer, self.model = None, None  # give the memory back first
-        torch.manual_seed(self._recipe.run.seed)
-        self.model = load_model(self._recipe.model, self._recipe.run.seed, weights=weights)
-        return self.model
+    def _lay_out(self, *, weights: bool) -> Layout:
+        self.trainer, self.layout = None, None  # give the memory back first
+        recipe = self._recipe
+        torch.manual_seed(recipe.run.seed)
+        model = load_model(recipe.model, recipe.run.seed, weights=weights)
+        self.layout = layout_of(model, recipe, self._grid)
+        return self.layout
 
-    def _trainer(self, model: PreTrainedModel, position: Position) -> Trainer:
-        return Trainer(model, self._recipe, position, self._meshes, self._ranks)
+    def _trainer(self, layout: Layout, position: Position) -> Trainer:
+        return Trainer(layout, self._recipe, position, self._meshes)

@@ -24,6 +24,7 @@ from services.policy.correction import (
 
 Reduction = Literal["token_mean", "sequence_sum_mean", "sequence_mean_mean", "constant"]
 
+
 def token_weights(lengths: Tensor, reduction: Reduction, *, tokens: int, sequences: int, constant: int = 1) -> Tensor:
     """Weight of every token [T] such that sum(weight * token loss), over all micro-batches, is the reduced loss.
 

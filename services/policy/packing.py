@@ -1,8 +1,8 @@
 """Packing: rows of tokens one behind the other in micro-batches without padding, and what attends to what in them.
 
-Linear layers see a micro-batch as one long line of tokens. Attention cuts the line into its rows again, so that it costs
-what the rows cost: rows of about the same length make a block and are computed together, short ones padded to the
-longest in the block and nowhere else.
+Linear layers see a micro-batch as one long line of tokens. Attention cuts the line into its rows again, so that it
+costs what the rows cost: rows of about the same length make a block and are computed together, short ones padded to
+the longest in the block and nowhere else.
 
 Invariant: the composition depends only on the rows and the number of `ways`, so every rank of a replica knows the
 micro-batches of all the others.

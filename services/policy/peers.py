@@ -1,8 +1,7 @@
 """A policy and its peers: the whole state sent to one that joins, received from another, and its digest.
 
-The *state* is everything that decides what the coming batches do: parameters and persistent buffers, the optimizer's
-moments, masters and step count, the stage, the reference weights, the CPU's random generator. What travels is a head
-(msgpack, as bytes) and then a staged copy in buckets, over a mesh of two. Called by the service.
+What travels is the head of a state (msgpack, as bytes) and then a staged copy of its tensors in buckets, over a mesh of
+two, whatever the layouts of the two replicas: see `state`. Called by the service.
 
 Invariants: what goes out is a copy, sent from a thread, so that the next step neither waits for it nor tears it; a
 receiver's digest is of what its trainer holds afterwards, not of what arrived.
@@ -10,17 +9,16 @@ receiver's digest is of what its trainer holds afterwards, not of what arrived.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from services.policy.trainer import Snapshot, Stage, Trainer
+from services.policy.layouts.compose import Layout
+from services.policy.state import Head, Whole, head_of, manifest_for, state_digest, tensors_of
+from services.policy.trainer import Trainer
 from shared.mesh import MeshError
 from shared.mesh.membership import MeshMembership
 from shared.messages import (
@@ -34,86 +32,28 @@ from shared.messages import (
     StateSent,
 )
 from shared.telemetry import get_logger
-from shared.weights import StagedWeights, TensorSpec, WeightsError, digest_of, receive_weights, send_weights
-from shared.weights.staging import Area, allocate, load_tensors, manifest_of, named_weights, spec_of
+from shared.weights import StagedWeights, WeightsError, receive_weights, send_weights
+from shared.weights.staging import Area
 from shared.weights.transfer import receive_head, send_head
 
-MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
 HEAD_LIMIT = 1 << 16
 """Most bytes of a head; more is no head."""
 DIGESTS_KEPT = 4
 """Positions whose digest is remembered, for a question that comes again after the next steps."""
 
 
-class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The scalars of a state. `reference` is where the stage's reference weights were taken."""
-
-    position: Position
-    stage: Stage | None
-    steps: int
-    reference: Position | None
-
-
-def head_of(trainer: Trainer) -> Head:
-    """The scalars of the trainer's state; it must be between two steps."""
-    steps = trainer.optimizer.steps if trainer.optimizer is not None else 0
-    return Head(trainer.position, trainer.stage, steps, trainer.reference.position if trainer.reference else None)
-
-
-def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
-    """The tensors of the trainer's state by name; not copies."""
-    found = {MODEL + name: tensor for name, tensor in named_weights(trainer.model).items()}
-    if trainer.optimizer is not None:
-        found |= {OPTIMIZER + name: tensor for name, tensor in trainer.optimizer.tensors().items()}
-    if trainer.reference is not None:
-        found |= {REFERENCE + name: tensor for name, tensor in trainer.reference.tensors.items()}
-    return {**found, RANDOM: torch.get_rng_state()}
-
-
-def state_digest(head: Head, tensors: dict[str, Tensor]) -> str:
-    """The digest of a state: of its tensors, and of its scalars."""
-    scalars = hashlib.blake2b(msgspec.msgpack.encode(head), digest_size=8).hexdigest()
-    return f"{digest_of(tensors)}{scalars}"
-
-
-def manifest_for(head: Head, model: PreTrainedModel) -> list[TensorSpec]:
-    """What a state with this head holds, for a receiver whose model is `model`."""
-    found = [TensorSpec(MODEL + spec.name, spec.dtype, spec.shape) for spec in manifest_of(model)]
-    for name, parameter in model.named_parameters() if head.stage is not None else ():
-        if parameter.requires_grad:
-            moments = ["exp_avg", "exp_avg_sq"] if head.steps else []
-            masters = ["master"] if parameter.dtype != torch.float32 else []
-            found += [
-                TensorSpec(f"{OPTIMIZER}{kind}/{name}", "float32", list(parameter.shape))
-                for kind in (*moments, *masters)
-            ]
-    if head.reference is not None:
-        found += [spec_of(REFERENCE + name, parameter) for name, parameter in model.named_parameters()]
-    return [*found, spec_of(RANDOM, torch.get_rng_state())]
-
-
-def restore(trainer: Trainer, head: Head, tensors: dict[str, Tensor]) -> None:
-    """Put a state into the trainer, which holds the head's position afterwards."""
-    device = next(trainer.model.parameters()).device
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    load_tensors(named_weights(trainer.model), part(MODEL))
-    reference = None
-    if head.reference is not None:
-        copies = {name: tensor.to(device, copy=True) for name, tensor in part(REFERENCE).items()}
-        reference = Snapshot(head.reference, copies)
-    optimizer = {name: tensor.to(device) for name, tensor in part(OPTIMIZER).items()}
-    trainer.restore(head.position, head.stage, head.steps, optimizer, reference)
-    torch.set_rng_state(tensors[RANDOM].clone())
+Copy = Callable[[Trainer, Whole], Area]
+"""A copy of what a replica holds, put together by all its ranks."""
 
 
 class Peers:
     """Answers `SendState`, `ReceiveState` and `CheckState`; each again when it comes again."""
 
-    def __init__(self, meshes: MeshMembership, send: Callable[[AnyMessage], object], bucket_bytes: int) -> None:
+    def __init__(
+        self, meshes: MeshMembership, send: Callable[[AnyMessage], object], bucket_bytes: int, copy: Copy
+    ) -> None:
         self._meshes = meshes
+        self._copy = copy
         self._send = send
         self._bucket_bytes = bucket_bytes
         self._sent: dict[int, StateSent | None] = {}  # None: on its way
@@ -131,18 +71,13 @@ class Peers:
         if trainer.position != message.position:
             self._fail(message.epoch, f"asked for the state of {message.position}, but holds {trainer.position}")
             return
-        head, tensors = head_of(trainer), tensors_of(trainer)
-        manifest = [spec_of(name, tensor) for name, tensor in tensors.items()]
-        area = allocate(manifest)
-        load_tensors(area.tensors, tensors)
+        head, area = head_of(trainer), self._copy(trainer, "state")
         staged = StagedWeights(area, state_digest(head, area.tensors))
         self._sent = {message.epoch: None}  # an epoch carries one state, and only the last one can be asked for again
         self._worker.submit(self._transfer, message, head, staged)
 
-    def receive(
-        self, message: ReceiveState, model: PreTrainedModel, take: Callable[[Head, Area], Trainer]
-    ) -> Trainer | None:
-        """Have `take` put the state that a peer sends into a trainer of `model`; None, and `MeshFailed`, if none came.
+    def receive(self, message: ReceiveState, layout: Layout, take: Callable[[Head, Area], Trainer]) -> Trainer | None:
+        """Have `take` put the state that a peer sends into a trainer of `layout`; None, and `MeshFailed`, if none came.
 
         Blocks for as long as the transfer takes: the next order is a step that needs the state.
         """
@@ -153,14 +88,14 @@ class Peers:
                     head = _read(receive_head(mesh, HEAD_LIMIT))
                     if head.position != message.position:
                         raise WeightsError(f"expected the state of {message.position}, got that of {head.position}")
-                    arrived = receive_weights(manifest_for(head, model), mesh, self._bucket_bytes)
+                    arrived = receive_weights(manifest_for(head, layout), mesh, self._bucket_bytes)
                 except WeightsError as error:
                     raise MeshError(f"the state does not fit: {error}") from error
         except MeshError as error:
             get_logger().warning("no state was received", epoch=message.epoch, why=str(error))
             return None
         trainer = take(head, arrived.area)
-        digest = state_digest(head_of(trainer), tensors_of(trainer))
+        digest = state_digest(head_of(trainer), self._whole(trainer))
         seconds = time.perf_counter() - started
         self._received = StateReceived(message.epoch, message.position, digest, seconds)
         self._send(self._received)
@@ -181,11 +116,15 @@ class Peers:
             if trainer.position != message.position or not trainer.between_batches:
                 get_logger().warning("cannot tell the digest of a state that is not held", asked=str(message.position))
                 return
-            digest = state_digest(head_of(trainer), tensors_of(trainer))
+            digest = state_digest(head_of(trainer), self._whole(trainer))
             self._digests[message.position] = digest
             while len(self._digests) > DIGESTS_KEPT:
                 del self._digests[next(iter(self._digests))]
         self._send(StateDigest(message.position, digest))
+
+    def _whole(self, trainer: Trainer) -> Mapping[str, Tensor]:
+        """The tensors of the replica's state, to be read at once."""
+        return tensors_of(trainer) if trainer.layout.whole else self._copy(trainer, "state").tensors
 
     def close(self) -> None:
         """Start no further transfer; one that is on its way ends with its mesh."""

@@ -25,6 +25,7 @@ import torch
 from services.policy import checkpoint
 from services.policy.batch import BatchError, Frame
 from services.policy.checkpoint import CheckpointError
+from services.policy.layouts.compose import layout_of
 from services.policy.trainer import Trainer, TrainerError
 from shared.config import Recipe, RecipeError, load_recipe
 from shared.mesh import Mesh
@@ -126,11 +127,11 @@ def _start(folder: Path, recipe: Recipe, wanted: Position) -> tuple[Trainer, str
     """A trainer at the newest state from which the step can be reached."""
     found = checkpoint.newest(folder / "checkpoints", at_most=wanted)
     torch.manual_seed(recipe.run.seed)
-    model = load_model(recipe.model, recipe.run.seed, weights=found is None)
+    layout = layout_of(load_model(recipe.model, recipe.run.seed, weights=found is None), recipe)
     if found is None:
-        return Trainer(model, recipe, Position(wanted.lineage, 0, 0), _no_mesh), "the recipe's first weights"
+        return Trainer(layout, recipe, Position(wanted.lineage, 0, 0), _no_mesh), "the recipe's first weights"
     held = checkpoint.read_state(found).position
-    trainer = Trainer(model, recipe, Position(wanted.lineage, held.version, held.step), _no_mesh)
+    trainer = Trainer(layout, recipe, Position(wanted.lineage, held.version, held.step), _no_mesh)
     checkpoint.load(trainer, found, trainer.position)
     return trainer, str(found)
 

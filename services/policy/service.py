@@ -29,27 +29,25 @@ from services.policy import checkpoint
 from services.policy.batch import Frame
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
+from services.policy.layouts.grid import Grid, parallel_of
 from services.policy.learner import FATAL, Learner, prepare_torch
-from services.policy.peers import Head, Peers
+from services.policy.peers import Peers
 from services.policy.ranks.crew import Crew
-from services.policy.ranks.group import Ranks, check_built
 from services.policy.ranks.meshes import ReplicaMeshes, bounds
 from services.policy.ranks.orders import (
     Abort,
     AnyOrder,
-    Check,
     Commit,
     Done,
     Forget,
+    Gather,
     Load,
     RanksError,
-    Save,
-    Send,
-    Stage,
     Take,
     Train,
 )
 from services.policy.sft_rows import SftRows
+from services.policy.state import Head, Whole, head_of, kinds, manifest_for, tensors_of
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
 from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
 from shared.config import Recipe, dump_recipe
@@ -73,6 +71,7 @@ from shared.messages import (
     Leaving,
     LoadState,
     MeshMember,
+    Position,
     ReceiveState,
     Refused,
     Registered,
@@ -90,9 +89,9 @@ from shared.messages import (
 from shared.models import load_tokenizer
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.telemetry import get_logger
-from shared.weights import stage
+from shared.weights import StagedWeights, digest_of
 from shared.weights.publisher import Publisher
-from shared.weights.staging import Area
+from shared.weights.staging import Area, allocate
 
 RECEIVE_S = 0.25  # how long the inbox thread may sleep before it looks whether the service has ended, or shall leave
 DRAIN_SHARE = 0.5  # of timeouts.exit_s: how long a policy that was asked to leave waits for its Drain
@@ -104,7 +103,8 @@ class Stopped(BaseException):
 
 
 class PolicyService:
-    """One policy replica. `datasets` are those that SFT leases may name; `crew` are the other ranks, if it has some."""
+    """One policy replica. `datasets` are those that SFT leases may name; `crew` are the other ranks, if it
+    has some, and `grid` this one's place among them."""
 
     def __init__(
         self,
@@ -112,21 +112,22 @@ class PolicyService:
         client: BusClient,
         datasets: dict[str, Dataset],
         crew: Crew | None = None,
+        grid: Grid | None = None,
     ) -> None:
         recipe = arguments.recipe
         self._recipe, self._run_folder = recipe, arguments.run_folder
         self._client, self._datasets, self._crew = client, datasets, crew
         self._log = get_logger()
         self._inbox: queue.Queue[Delivery | Exception] = queue.Queue(maxsize=INBOX)
-        member, ranks = MeshMember(arguments.replica, client.incarnation, 0), None
+        member = MeshMember(arguments.replica, client.incarnation, 0)
         if crew is None:
             self._meshes = MeshMembership(member, client.request, self._tell, **bounds(recipe))
         else:
             meshes = ReplicaMeshes(member, client.request, self._tell, recipe, crew, crew.world)
-            self._meshes, ranks = meshes, Ranks(recipe.weights.bucket_mb * MEGABYTE)
+            self._meshes = meshes
             crew.listen(meshes.hear, self._over)
-        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, ranks)
-        self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
+        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, grid or Grid.alone())
+        self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE, self._copy)
         self._publisher = Publisher(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: SftRows | None = None
@@ -275,7 +276,7 @@ class PolicyService:
             holds = False
         if self._rows is None:
             self._tokenizer = load_tokenizer(self._recipe.model)
-            context = int(self._learner.built().config.get_text_config().max_position_embeddings)
+            context = int(self._learner.built().model.config.get_text_config().max_position_embeddings)
             self._rows = SftRows(self._datasets, self._tokenizer, context)
         held = message.position if holds else None
         self._client.hold(held)
@@ -325,18 +326,19 @@ class PolicyService:
                 trainer.drop(message.step, message.attempt, message.lineage)
 
     def _save_checkpoint(self, message: SaveCheckpoint, _frames: Sequence[Frame]) -> None:
-        trainer = self._adopted(Save(message.position))
+        trainer = self._adopted(message.position)
         started = time.perf_counter()
         try:
             if trainer.position != message.position:
                 raise CheckpointError(self._run_folder / message.folder, str(message.position), str(trainer.position),
                                       "ask the replica that holds that state")  # fmt: skip
+            whole = tensors_of(trainer) if trainer.layout.whole else self._copy(trainer, "state").tensors
             recipe = fingerprint(self._recipe)
             keep = self._recipe.checkpoint.keep
             folder = self._run_folder / message.folder
-            path, digest = checkpoint.save(trainer, folder, self._run_folder.name, recipe, keep)
+            path, digest = checkpoint.save(trainer, whole, folder, self._run_folder.name, recipe, keep)
             if message.export and self._tokenizer is not None:
-                export(trainer.model, self._tokenizer, self._run_folder / "export")
+                export(trainer.model, kinds(whole)["model"], self._tokenizer, self._run_folder / "export")
         except (CheckpointError, OSError) as error:
             self._log.error("checkpoint not written", step=message.position.step, why=str(error))
             self._client.send(CheckpointFailed(message.position, str(error)))
@@ -346,26 +348,27 @@ class PolicyService:
         self._client.send(CheckpointSaved(message.position, f"{message.folder}/{path.name}", digest))
 
     def _send_weights(self, message: SendWeights, _frames: Sequence[Frame]) -> None:
-        trainer = self._adopted(Stage(message.position))
+        trainer = self._adopted(message.position)
         if self._publisher.offered != message.position:
             if trainer.position != message.position:
                 cause = f"expected to hold {message.position}, but this replica holds {trainer.position}"
                 self._client.send(WeightsFailed(message.epoch, message.position, cause))
                 return
-            self._publisher.offer(message.position, stage(trainer.model))
+            area = self._copy(trainer, "weights")
+            self._publisher.offer(message.position, StagedWeights(area, digest_of(area.tensors)))
         self._publisher.publish(message)
 
     def _send_state(self, message: SendState, _frames: Sequence[Frame]) -> None:
-        self._peers.send(message, self._adopted(Send(message.position)))
+        self._peers.send(message, self._adopted(message.position))
 
     def _receive_state(self, message: ReceiveState, _frames: Sequence[Frame]) -> None:
-        model = self._learner.built()
+        layout = self._learner.built()
         if self._peers.answer_again(message, self._learner.trainer):
             return
         self._learner.trainer = None  # what the model held is about to be overwritten
         self._client.hold(None)
         started = time.perf_counter()
-        trainer = self._peers.receive(message, model, self._take)
+        trainer = self._peers.receive(message, layout, self._take)
         if trainer is None:
             return
         self._client.hold(trainer.position)
@@ -377,7 +380,7 @@ class PolicyService:
             return self._learner.take(head, area.tensors)
 
     def _check_state(self, message: CheckState, _frames: Sequence[Frame]) -> None:
-        self._peers.check(message, self._adopted(Check(message.position)))
+        self._peers.check(message, self._adopted(message.position))
 
     def _drain(self, message: Drain, _frames: Sequence[Frame]) -> int:
         self._log.info("drained", why=message.cause)  # leases are answered at once: nothing is to be handed back
@@ -387,12 +390,20 @@ class PolicyService:
         self._log.info("the run is over", why=message.cause)
         return EXIT_DONE
 
-    def _adopted(self, order: Save | Stage | Send | Check) -> Trainer:
-        """The trainer, with what it holds named as the order's position where that is its own."""
+    def _adopted(self, position: Position) -> Trainer:
+        """The trainer, with what it holds named as `position` where that is its own."""
         trainer = self._learner.loaded()
-        with self._together(order):
-            trainer.adopt(order.position)
+        trainer.adopt(position)
         return trainer
+
+    def _copy(self, trainer: Trainer, what: Whole) -> Area:
+        """A copy of the replica's weights or state as it is now, of the parts of all ranks."""
+        area = allocate(
+            trainer.layout.manifest if what == "weights" else manifest_for(head_of(trainer), trainer.layout)
+        )
+        with self._together(Gather(trainer.position, what, area.manifest, area.path)):
+            self._learner.gather(trainer.position, what, area.tensors)
+        return area
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -440,7 +451,6 @@ def main(arguments: ServiceArguments) -> int:
 
 def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
     recipe = arguments.recipe
-    check_built(recipe.policy.parallel)
     prepare_torch(recipe)
     datasets, problem = _open_datasets(recipe)
     identities = [dataset.identity for dataset in datasets.values()]
@@ -456,11 +466,12 @@ def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
     try:
         client.start(recipe.timeouts.register_s)
         with ExitStack() as together:
-            crew = None
+            crew = grid = None
             if recipe.policy.parallel.ranks > 1 and problem is None:
                 crew = together.enter_context(Crew(recipe, arguments.run_folder, client))
                 crew.form_world()
-            service = signals.service = PolicyService(arguments, client, datasets, crew)
+                grid = Grid.form(parallel_of(recipe), 0, recipe.timeouts.step_s)
+            service = signals.service = PolicyService(arguments, client, datasets, crew, grid)
             code = service.run() if problem is None else service.give_up(problem)
         if code != EXIT_FENCED:
             goodbye = f"this replica ends with code {code}"  # said last: all that was sent before it has arrived

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-import torch
 from torch import Tensor
 
 from services.policy.batch import Frame, rows_of, sequences_of

@@ -26,6 +26,7 @@ from services.policy.layouts.grid import DATA, Grid
 from services.policy.layouts.pipeline import Loss, Pipeline, keep_stage
 from services.policy.layouts.tensor import share_embedding, share_layer
 from services.policy.packing import MicroBatch, pack, share_out
+from shared.config import Recipe
 from shared.mesh import MeshError
 from shared.models import ModelError
 from shared.weights.slices import Architecture, Box, Parallel, Split, check_policy, held, is_vision, owner, split_of
@@ -36,7 +37,7 @@ SUM_BYTES = 32 << 20
 
 
 class Layout:
-    """This rank's part of `model`, which is whole when it comes and is cut in place. ModelError for a mix that can't be."""
+    """This rank's part of `model`, which is whole when it comes and is cut in place. ModelError for an impossible mix."""
 
     def __init__(
         self, model: PreTrainedModel, grid: Grid | None = None, *, sequence: bool = False, checkpointing: bool = False
@@ -48,6 +49,9 @@ class Layout:
         check(self._architecture, model, grid.parallel)
         self.manifest = manifest_of(model)
         self._specs = {spec.name: spec for spec in self.manifest}
+        extra = self._specs.keys() - dict(model.named_parameters()).keys()
+        if extra:
+            raise ModelError(f"expected a model whose weights are all parameters, got the buffers {sorted(extra)}")
         text: Any = text_model(model)
         config = text.config
         keep_stage(model, text, grid)
@@ -67,13 +71,18 @@ class Layout:
         self._merge = int(getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1))
         some = next(iter(model.parameters()))
         self._pipeline = Pipeline(
-            self.decoder, grid, split=self._multiple, width=int(config.hidden_size), dtype=some.dtype, device=some.device
+            self.decoder,
+            grid,
+            split=self._multiple,
+            width=int(config.hidden_size),
+            dtype=some.dtype,
+            device=some.device,
         )
         shard(text.layers, self.decoder, grid.axis("fsdp"), some.device)
         self._summed_over = {name: self._sums_of(name, sequence) for name in self.parameters()}
         self._copies = {name: self._copies_of(name) for name in self.parameters()}
 
-    # --- what this rank has --------------------------------------------------------------------------------------------
+    # --- what this rank has -------------------------------------------------------------------------------------------
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the model, tied ones once, in the model's order."""
@@ -92,19 +101,19 @@ class Layout:
         """Whether this rank has all of the model."""
         return self.grid.parallel.world == 1
 
-    def write(self, targets: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
-        """Copy this rank's parts into whole tensors of the same names, where no other rank is to do it."""
-        for name, part in parts.items():
-            spec = self._specs[name]
-            box = self.box(name)
-            if box is not None and owner(spec, self._architecture, self.grid.parallel, self.grid.rank):
-                targets[name][box.within(Box.whole(spec.shape))].copy_(part)
+    def write(self, name: str, part: Tensor, whole: Tensor) -> None:
+        """Copy this rank's part of what belongs to a parameter into the whole of it, if no other rank is to do it."""
+        box, spec = self.box(name), self._specs[name]
+        if box is not None and owner(spec, self._architecture, self.grid.parallel, self.grid.rank):
+            whole[box.within(Box.whole(spec.shape))].copy_(part)
 
-    def places(self, name: str) -> tuple[slice, ...]:
-        """Where in the whole tensor this rank's part of it is."""
-        box = self.box(name)
-        shape = self._specs[name].shape
-        return (slice(0, 0),) if box is None else box.within(Box.whole(shape))
+    def cut(self, name: str, whole: Any) -> Tensor:
+        """This rank's part of what belongs to a parameter: of a tensor, or of a file's slice that reads no more."""
+        box, spec = self.box(name), self._specs[name]
+        if box is None:
+            return torch.empty_like(self.weights()[name])
+        found: Tensor = whole[box.within(Box.whole(spec.shape))]
+        return found
 
     def swap(self, weights: Mapping[str, Tensor]) -> None:
         """Exchange this rank's weights with others of their names and shapes, in place; again to undo it."""
@@ -116,7 +125,7 @@ class Layout:
                 own.copy_(other)
                 other.copy_(kept)
 
-    # --- a step ---------------------------------------------------------------------------------------------------------
+    # --- a step -------------------------------------------------------------------------------------------------------
 
     def micro_batches(self, rows: Sequence[Row], limit: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step's rows; every rank of the replica has as many."""
@@ -204,7 +213,7 @@ class Layout:
         if int(failed):
             raise MeshError(f"{int(failed)} ranks of this replica failed in their groups; their logs say why")
 
-    # --- cutting ----------------------------------------------------------------------------------------------------------
+    # --- cutting ------------------------------------------------------------------------------------------------------
 
     def _cut(self) -> None:
         """Replace each parameter by this rank's part of it, but for what FSDP does."""
@@ -242,8 +251,9 @@ class Layout:
         if split is Split.EXPERTS:
             axes.remove("ep")  # they had the tokens of all ranks of the axis
         elif split is Split.WHOLE and not is_vision(name):
-            # each rank has some heads, or, of what lies between attention and MLP, some tokens; routers have all
-            if "q_norm" in name or "k_norm" in name or (sequence and ".mlp." not in name):
+            heads = "q_norm" in name or "k_norm" in name  # of which each rank has some
+            tokens = sequence and ".mlp." not in name  # between attention and MLP each rank has some; a router has all
+            if heads or tokens:
                 axes.add("tp")
         return tuple(sorted(axis for axis in axes if self.grid.axis(axis).group is not None))
 
@@ -252,6 +262,12 @@ class Layout:
         parallel = self.grid.parallel
         boxes = [held(self._specs[name], self._architecture, parallel, rank) for rank in range(parallel.world)]
         return max(1, boxes.count(boxes[self.grid.rank]))
+
+
+def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None) -> Layout:
+    """The layout that the recipe's [policy] asks for, of a model that is whole."""
+    policy = recipe.policy
+    return Layout(model, grid, sequence=policy.parallel.sequence, checkpointing=policy.gradient_checkpointing)
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -276,9 +292,13 @@ def check(architecture: Architecture, model: PreTrainedModel, parallel: Parallel
         raise ModelError(f"[policy.parallel]: {error}") from error
     if parallel.ep > 1 and not architecture.experts:
         raise ModelError(f"policy.parallel.ep = {parallel.ep}: expected a model with experts; leave ep at 1")
-    bias = next((name for name, _ in model.named_parameters() if name.endswith(("o_proj.bias", "down_proj.bias"))), None)
+    bias = next(
+        (name for name, _ in model.named_parameters() if name.endswith(("o_proj.bias", "down_proj.bias"))), None
+    )
     if parallel.tp > 1 and bias is not None and "visual" not in bias:
-        raise ModelError(f"policy.parallel.tp = {parallel.tp}: the bias {bias} would be added by every rank; not supported")
+        raise ModelError(
+            f"policy.parallel.tp = {parallel.tp}: the bias {bias} would be added by every rank; not supported"
+        )
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -302,4 +322,3 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-

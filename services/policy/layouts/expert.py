@@ -1,8 +1,8 @@
 """Expert parallelism: each rank of the axes ep and tp has some experts whole, and computes them for everybody's tokens.
 
 Tokens and their routing are gathered over ep and what the experts make of them is summed and cut again; over tp, whose
-ranks have the same tokens, it is summed. An all-to-all would send a token only where it is routed to; gathering needs no
-counts, so that every rank's collectives have sizes that all know, and nothing waits for the router.
+ranks have the same tokens, it is summed. An all-to-all would send a token only where it is routed to; gathering needs
+no counts, so that every rank's collectives have sizes that all know, and nothing waits for the router.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Pipeline parallelism: each stage has some layers; micro-batches pass forward and backward by turns (1F1B).
 
-Narayanan et al., "Efficient large-scale language model training" (arXiv 2104.04473), section 2.2: a stage begins with as
-many micro-batches as there are stages behind it, then goes back and forth, so that it never holds more than that. Our
-own small loop rather than torch's: all ranks know all micro-batches, so each may have another length, and nobody has to
-tell shapes. With one stage it is a plain loop over micro-batches.
+Narayanan et al., "Efficient large-scale language model training" (arXiv 2104.04473), section 2.2: a stage begins with
+as many micro-batches as there are stages behind it, then goes back and forth, so that it never holds more than that.
+Our own small loop rather than torch's: all ranks know all micro-batches, so each may have another length, and nobody
+has to tell shapes. With one stage it is a plain loop over micro-batches.
 """
 
 from __future__ import annotations

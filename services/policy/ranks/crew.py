@@ -168,7 +168,7 @@ class Crew:
             with suppress(MeshError):
                 self.finish()
             raise
-        except RanksError as error:
+        except (RanksError, RuntimeError) as error:  # the latter is what a collective raises when a rank has gone
             self._obeys = False
             with self._changed:
                 self._changed.wait_for(lambda: self._over is not None, GRACE_S)

@@ -18,31 +18,27 @@ from typing import Any
 import msgspec
 
 from services.policy.batch import Frame
+from services.policy.layouts.grid import Grid, parallel_of
 from services.policy.learner import Learner, kind_of, prepare_torch
 from services.policy.ranks.channel import MemberChannel
-from services.policy.ranks.group import Ranks, form_world, leave_world
+from services.policy.ranks.group import form_world, leave_world
 from services.policy.ranks.meshes import bounds, of_rank
 from services.policy.ranks.orders import (
     Abort,
-    Adopting,
     AnyOrder,
-    Check,
     Commit,
     Done,
     Failed,
     Forget,
     Form,
+    Gather,
     Leave,
     Load,
     Revoke,
-    Save,
-    Send,
-    Stage,
     Take,
     Told,
     Train,
 )
-from services.policy.trainer import MEGABYTE
 from shared.config import Recipe
 from shared.engines.ranks import join
 from shared.mesh.membership import MeshMembership
@@ -84,8 +80,8 @@ def run(told: bytes) -> int:
     orders.begin()  # here: all ranks are, when all have answered this
     timeouts = recipe.timeouts
     form_world(start.rank, start.world, start.store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
-    ranks = Ranks(recipe.weights.bucket_mb * MEGABYTE)
-    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, ranks))
+    grid = Grid.form(parallel_of(recipe), start.rank, timeouts.step_s)
+    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid))
     leave_world()
     client.close()
     return EXIT_DONE
@@ -154,8 +150,9 @@ def _abort(learner: Learner, order: Abort, _frames: list[memoryview]) -> None:
     learner.loaded().drop(order.step, order.attempt, order.lineage)
 
 
-def _adopt(learner: Learner, order: Adopting, _frames: list[memoryview]) -> None:
-    learner.loaded().adopt(order.position)  # every rank holds the whole state: rank 0 has what it needs
+def _gather(learner: Learner, order: Gather, _frames: list[memoryview]) -> None:
+    memory = open_shared(order.path, area_bytes(order.manifest))
+    learner.gather(order.position, order.what, tensor_views(memory, order.manifest))
 
 
 def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:
@@ -169,9 +166,6 @@ HANDLERS: dict[type, Callable[[Learner, Any, list[memoryview]], None]] = {
     Train: _train,
     Commit: _commit,
     Abort: _abort,
-    Save: _adopt,
-    Stage: _adopt,
-    Send: _adopt,
-    Check: _adopt,
+    Gather: _gather,
     Take: _take,
 }

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import msgspec
 
-from services.policy.peers import Head
+from services.policy.state import Head, Whole
 from shared.messages import (
     CommitStep,
     FormMesh,
@@ -82,28 +82,14 @@ class Abort(Order, frozen=True):
     lineage: int
 
 
-class Adopting(Order, frozen=True):
-    """Base of what begins with `Trainer.adopt`: rank 0 is about to use the replica's whole state."""
+class Gather(Order, frozen=True):
+    """`Learner.gather`: put this rank's parts of what the replica holds into memory that rank 0 shares by `path`."""
 
     position: Position
-
-
-class Save(Adopting, frozen=True):
-    """A checkpoint is written."""
-
-    patience = "checkpoint_s"
-
-
-class Stage(Adopting, frozen=True):
-    """The weights are staged for a transfer."""
-
-
-class Send(Adopting, frozen=True):
-    """The whole state is staged for another policy."""
-
-
-class Check(Adopting, frozen=True):
-    """The state's digest is told."""
+    what: Whole
+    manifest: list[TensorSpec]
+    path: str
+    patience = "load_s"
 
 
 class Take(Order, frozen=True):
@@ -131,7 +117,7 @@ class Leave(Order, frozen=True):
     """End this process. Answered by its end."""
 
 
-AnyOrder = Begin | Load | Forget | Train | Commit | Abort | Save | Stage | Send | Check | Take | Form | Revoke | Leave
+AnyOrder = Begin | Load | Forget | Train | Commit | Abort | Gather | Take | Form | Revoke | Leave
 
 
 class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

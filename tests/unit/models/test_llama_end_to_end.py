@@ -20,6 +20,7 @@ from shared.engines.load import stop_tokens
 from shared.engines.transformers import TransformersEngine
 from shared.messages import Sampling
 from shared.models import load_model, load_tokenizer
+from shared.weights.staging import named_weights
 from shared.weights import load_into
 from shared.weights.staging import named_weights
 
@@ -43,7 +44,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # logits far apart: greedy choices are no matter of rounding
-    return export(model, load_tokenizer(table), tmp_path_factory.mktemp("tiny") / "model")
+    return export(model, named_weights(model), load_tokenizer(table), tmp_path_factory.mktemp("tiny") / "model")
 
 
 def row(question: str) -> Row:
@@ -86,7 +87,7 @@ def test_the_engine_says_what_generate_says_before_and_after_an_export(folder: P
         for parameter in model.parameters():
             parameter.mul_(1.01)
     trained = engine_words(folder, model)
-    exported = export(model, tokenizer, tmp_path / "export")
+    exported = export(model, named_weights(model), tokenizer, tmp_path / "export")
     reloaded = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     own = AutoTokenizer.from_pretrained(exported)
     assert trained == [hugging_face_words(reloaded, own, question) for question in QUESTIONS]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from services.policy.layouts.compose import layout_of
 from services.policy.trainer import Trainer
 from shared.arrays import Frame, pack
 from shared.config import Recipe, live_values
@@ -61,7 +62,7 @@ def no_mesh(epoch: int) -> AbstractContextManager[Mesh]:
 
 
 def make_trainer(recipe: Recipe, position: Position = START, meshes: Any = no_mesh) -> Trainer:
-    return Trainer(load_model(recipe.model, 0, weights=True), recipe, position, meshes)
+    return Trainer(layout_of(load_model(recipe.model, 0, weights=True), recipe), recipe, position, meshes)
 
 
 def make_step(

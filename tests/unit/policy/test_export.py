@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from services.policy.export import export
 from shared.models import load_tokenizer
+from shared.weights.staging import named_weights
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "qwen3_moe"])
 def test_an_export_reloads_with_equal_logits_and_tokens(tools: Any, tmp_path: Path, family: str) -> None:
     recipe = tools.recipe(family)
     model, tokenizer = tools.trainer(recipe).model, load_tokenizer(recipe.model)
-    folder = export(model, tokenizer, tmp_path / "export")
+    folder = export(model, named_weights(model), tokenizer, tmp_path / "export")
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([tokenizer("What is 3 + 4?")["input_ids"]])
     with torch.no_grad():
@@ -31,10 +32,10 @@ def test_an_export_reloads_with_equal_logits_and_tokens(tools: Any, tmp_path: Pa
 def test_a_second_export_replaces_the_first_and_leaves_nothing_else(tools: Any, tmp_path: Path) -> None:
     recipe = tools.recipe()
     model, tokenizer = tools.trainer(recipe).model, load_tokenizer(recipe.model)
-    export(model, tokenizer, tmp_path / "export")
+    export(model, named_weights(model), tokenizer, tmp_path / "export")
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    export(model, tokenizer, tmp_path / "export")
+    export(model, named_weights(model), tokenizer, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert (again.lm_head.weight == 0).all()

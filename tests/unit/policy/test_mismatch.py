@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from services.policy.batch import TrainSequence, rows_of
+from services.policy.layouts.compose import Layout
 from services.policy.packing import MicroBatch, pack
 from services.policy.trainer import Snapshot, Trainer
 from shared.engines.base import Request
@@ -46,7 +47,9 @@ def trained(model: PreTrainedModel, steps: int, seed: int) -> PreTrainedModel:
 
 
 def trainer_of(tools: Any, model: PreTrainedModel, reference: PreTrainedModel) -> Trainer:
-    trainer = Trainer(model, tools.recipe(), Position(0, 10, 10), lambda epoch: pytest.fail("there is one member"))
+    trainer = Trainer(
+        Layout(model), tools.recipe(), Position(0, 10, 10), lambda epoch: pytest.fail("there is one member")
+    )
     tensors = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
     trainer.reference = Snapshot(Position(0, 0, 0), tensors)
     return trainer

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from services.policy import checkpoint
-from services.policy.peers import Peers, head_of, manifest_for, restore, state_digest, tensors_of
+from services.policy.peers import Peers
+from services.policy.state import Whole, head_of, manifest_for, restore, state_digest, tensors_of, write
+from services.policy.trainer import Trainer
 from shared.messages import (
     CheckState,
     CommitStep,
@@ -26,6 +28,7 @@ from shared.messages import (
 )
 from shared.models import load_model
 from shared.weights import TensorSpec
+from shared.weights.staging import Area, allocate
 
 BUCKET = 1 << 12
 
@@ -38,6 +41,13 @@ def trained(tools: Any, recipe: Any, steps: int, **named: Any) -> Any:
         trainer.compute(step, frames)
         trainer.apply(CommitStep(step.step, step.attempt, 0))
     return trainer
+
+
+def copy(trainer: Trainer, what: Whole) -> Area:
+    """What the ranks of a replica put together, here one of one."""
+    area = allocate(manifest_for(head_of(trainer), trainer.layout))
+    write(trainer, what, area.tensors)
+    return area
 
 
 def skeleton(tools: Any, recipe: Any, position: Position, meshes: Any = None) -> Any:
@@ -64,9 +74,9 @@ def into(receiver: Any) -> Any:
 def transfer(pair: Any, source: Any, receiver: Any) -> tuple[Any, Any]:
     """Send the source's state over the mesh of the pair; what both sides said."""
     a, b = pair
-    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
+    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET, copy) for member in pair)
     sending.send(SendState(1, source.position), source)
-    found = receiving.receive(ReceiveState(1, source.position), receiver.model, into(receiver))
+    found = receiving.receive(ReceiveState(1, source.position), receiver.layout, into(receiver))
     assert found is receiver
     return a.next(), b.next()
 
@@ -93,14 +103,14 @@ def test_the_copy_is_of_the_moment_it_was_asked_for(pair: Any, tools: Any) -> No
     source = trained(tools, recipe, 1)
     before = state_digest(head_of(source), tensors_of(source))
     a, b = pair
-    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
+    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET, copy) for member in pair)
     position = source.position
     sending.send(SendState(1, position), source)
     step, frames = tools.step(recipe, position, attempt=2, seed=1)
     source.compute(step, frames)
     source.apply(CommitStep(step.step, 2, 0))  # before the receiver has even asked
     receiver = skeleton(tools, recipe, position)
-    receiving.receive(ReceiveState(1, position), receiver.model, into(receiver))
+    receiving.receive(ReceiveState(1, position), receiver.layout, into(receiver))
     assert a.next().digest == b.next().digest == before != state_digest(head_of(source), tensors_of(source))
 
 
@@ -117,7 +127,8 @@ def test_a_policy_that_began_from_a_checkpoint_gives_its_state_to_a_joiner(
     pair: Any, tools: Any, tmp_path: Path
 ) -> None:
     recipe = tools.recipe()
-    path, _ = checkpoint.save(trained(tools, recipe, 2), tmp_path, "run-1", "recipe-1", 1)
+    saved = trained(tools, recipe, 2)
+    path, _ = checkpoint.save(saved, tensors_of(saved), tmp_path, "run-1", "recipe-1", 1)
     source = skeleton(tools, recipe, checkpoint.read_state(path).position)
     checkpoint.load(source, path, source.position)
     sent, received = transfer(pair, source, skeleton(tools, recipe, source.position))
@@ -132,17 +143,17 @@ def test_what_a_receiver_expects_is_what_a_source_sends(tools: Any) -> None:
             TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
             for name, tensor in tensors_of(source).items()
         ]
-        assert manifest_for(head_of(source), source.model) == sent
+        assert manifest_for(head_of(source), source.layout) == sent
 
 
 def test_a_state_of_another_model_is_refused_and_both_sides_say_so(pair: Any, tools: Any) -> None:
     a, b = pair
     source = trained(tools, tools.recipe(), 1)
     other = tools.recipe(model__build={**tools.recipe().model.build.model_dump(), "hidden_size": 32})
-    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
+    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET, copy) for member in pair)
     sending.send(SendState(1, source.position), source)
     receiver = tools.trainer(other, source.position)
-    assert receiving.receive(ReceiveState(1, source.position), receiver.model, into(receiver)) is None
+    assert receiving.receive(ReceiveState(1, source.position), receiver.layout, into(receiver)) is None
     answer = b.next()
     assert isinstance(answer, MeshFailed) and "do not fit this model" in answer.cause
     assert isinstance(a.next(), MeshFailed)
@@ -151,7 +162,7 @@ def test_a_state_of_another_model_is_refused_and_both_sides_say_so(pair: Any, to
 def test_a_source_that_holds_another_position_ends_the_mesh(pair: Any, tools: Any) -> None:
     a, _ = pair
     source = tools.trainer(tools.recipe())
-    Peers(a.meshes, a.sent.put, BUCKET).send(SendState(1, Position(0, 3, 3)), source)
+    Peers(a.meshes, a.sent.put, BUCKET, copy).send(SendState(1, Position(0, 3, 3)), source)
     answer = a.next()
     assert isinstance(answer, MeshFailed) and "holds Position" in answer.cause
 
@@ -160,9 +171,9 @@ def test_what_was_said_is_said_again(pair: Any, tools: Any) -> None:
     a, b = pair
     recipe = tools.recipe()
     source, receiver = trained(tools, recipe, 1), skeleton(tools, recipe, Position(0, 1, 1))
-    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET) for member in pair)
+    sending, receiving = (Peers(member.meshes, member.sent.put, BUCKET, copy) for member in pair)
     sending.send(SendState(1, source.position), source)
-    receiving.receive(ReceiveState(1, source.position), receiver.model, into(receiver))
+    receiving.receive(ReceiveState(1, source.position), receiver.layout, into(receiver))
     first = a.next(), b.next()
     sending.send(SendState(1, source.position), source)
     assert receiving.answer_again(ReceiveState(1, source.position), receiver)
@@ -189,7 +200,7 @@ def test_the_digest_of_a_position_is_remembered_for_a_question_that_comes_again(
     a, _ = pair
     recipe = tools.recipe()
     trainer = trained(tools, recipe, 1)
-    peers = Peers(a.meshes, a.sent.put, BUCKET)
+    peers = Peers(a.meshes, a.sent.put, BUCKET, copy)
     peers.check(CheckState(trainer.position), trainer)
     first = a.next()
     assert isinstance(first, StateDigest)

@@ -13,6 +13,7 @@ import xxhash
 
 from services.policy import checkpoint
 from services.policy.replay import main
+from services.policy.state import tensors_of
 from shared.config import dump_recipe
 from shared.messages import CommitStep, Position, TrainStep
 from shared.records import JOURNAL, MAGIC, SPOOL, frame, segment_path
@@ -78,7 +79,7 @@ class Recorder:
         return metrics
 
     def save(self) -> None:
-        checkpoint.save(self.trainer, self.folder / "checkpoints", "run", "recipe", 2)
+        checkpoint.save(self.trainer, tensors_of(self.trainer), self.folder / "checkpoints", "run", "recipe", 2)
 
 
 @pytest.fixture
