@@ -39,12 +39,20 @@ def up(
     raise typer.Exit(supervise(checked, folder.absolute(), verbose))
 
 
-def resume(run: RunArgument = None, verbose: Verbose = False) -> None:
+def resume(
+    run: RunArgument = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="change how a policy computes, say policy.parallel.fsdp=4"),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
     """Go on with a run that was stopped or killed, or with one that 'orrery pause' holds back."""
     from deploy.cli.live.sources import ASK_S, ask_controller
     from deploy.cli.steer import tell
     from deploy.cli.supervise import supervise
-    from deploy.local import holder
+    from deploy.local import RunLock, holder
+    from deploy.local.folder import change_recipe
     from shared.config import load_recipe
     from shared.messages import ResumeRun
 
@@ -53,7 +61,9 @@ def resume(run: RunArgument = None, verbose: Verbose = False) -> None:
     if answer is not None and answer.get("paused"):
         tell(folder, ResumeRun())
         return
-    raise typer.Exit(supervise(load_recipe(folder / "config.toml"), folder, verbose))
+    with RunLock(folder):
+        recipe = change_recipe(folder, set_) if set_ else load_recipe(folder / "config.toml")
+    raise typer.Exit(supervise(recipe, folder, verbose))
 
 
 def down(

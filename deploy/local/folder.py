@@ -9,12 +9,16 @@ from __future__ import annotations
 import datetime
 import fcntl
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from shared.config import Recipe, dump_recipe
+from shared.config import Recipe, RecipeError, dump_recipe, load_recipe
 
 _LOCK = "supervisor.pid"
+CHANGEABLE = ("policy.parallel.", "policy.threads", "policy.micro_batch_tokens", "policy.gradient_checkpointing")
+"""How a policy computes, not what: keys, or tables, that may differ from one start of a run to the next."""
 
 
 class RunBusyError(Exception):
@@ -44,13 +48,46 @@ def create_run(recipe: Recipe, folder: Path | None = None) -> Path:
         if folder is None:
             folder = _unused(Path(recipe.run.folder), recipe.run.name)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.toml.partial"
-        partial.write_text(dump_recipe(recipe), encoding="utf-8")
-        partial.replace(folder / "config.toml")
+        _write_recipe(recipe, folder)
         _point_latest(folder)
     except OSError as error:
         raise RunFolderError(folder or Path(recipe.run.folder), error) from error
     return folder
+
+
+def change_recipe(folder: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of the run in `folder`, which nobody runs now, with `overrides` applied for good.
+
+    Only `CHANGEABLE` may differ between two starts of a run: anything else decides what the run is. RecipeError for
+    other keys, RunFolderError.
+    """
+    recipe = load_recipe(folder / "config.toml", overrides)
+    was, now = (_leaves(each.model_dump()) for each in (load_recipe(folder / "config.toml"), recipe))
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key) and not key.startswith(CHANGEABLE):
+            raise RecipeError(
+                f"{key}: expected {was.get(key)!r}, which the run began with, got {now.get(key)!r}; between two starts "
+                f"only {', '.join(CHANGEABLE)} may change ('orrery set' changes live values of a run that is running)"
+            )
+    try:
+        _write_recipe(recipe, folder)
+    except OSError as error:
+        raise RunFolderError(folder, error) from error
+    return recipe
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    partial = folder / "config.toml.partial"
+    partial.write_text(dump_recipe(recipe), encoding="utf-8")
+    partial.replace(folder / "config.toml")
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -126,9 +126,9 @@ class Run:
         """`orrery up RECIPE --set ...`."""
         return self._supervise("up", str(recipe), "--run-folder", str(self.folder), *_options(sets))
 
-    def resume(self) -> Run:
-        """`orrery resume`."""
-        return self._supervise("resume", str(self.folder))
+    def resume(self, *sets: str) -> Run:
+        """`orrery resume --set ...`."""
+        return self._supervise("resume", str(self.folder), *_options(sets))
 
     def launch(self, *command: str) -> subprocess.Popen[bytes]:
         """Any `python -m ...` of this run, alone."""

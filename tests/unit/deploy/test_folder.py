@@ -11,8 +11,8 @@ import pytest
 
 from deploy.cli import runs
 from deploy.cli.runs import RunNotFoundError, find_run
-from deploy.local.folder import RunBusyError, RunLock, create_run, holder, newest_run
-from shared.config import Recipe, load_recipe
+from deploy.local.folder import RunBusyError, RunLock, change_recipe, create_run, holder, newest_run
+from shared.config import Recipe, RecipeError, load_recipe
 
 RECIPE = {
     "run": {"name": "small"},
@@ -86,3 +86,17 @@ def test_a_killed_supervisor_leaves_no_lock(recipe: Recipe) -> None:
     assert holder(run) is None
     with RunLock(run):
         assert holder(run) == os.getpid()
+
+
+def test_how_a_policy_computes_may_change_between_two_starts(recipe: Recipe) -> None:
+    folder = create_run(recipe)
+    changed = change_recipe(folder, ["policy.parallel.fsdp=4", "policy.gradient_checkpointing=true"])
+    assert changed.policy.parallel.ranks == 4
+    assert load_recipe(folder / "config.toml") == changed
+
+
+def test_what_a_run_is_may_not_change_and_the_recipe_stays_as_it_was(recipe: Recipe) -> None:
+    folder = create_run(recipe)
+    with pytest.raises(RecipeError, match=r"sft\.batches: expected 1, which the run began with, got 9"):
+        change_recipe(folder, ["sft.batches=9", "policy.parallel.tp=2"])
+    assert load_recipe(folder / "config.toml") == recipe
