@@ -1,6 +1,6 @@
 """Which blocks of each tensor a rank of an engine takes, by the tensor's name in the policy's model.
 
-Read off the sources of vLLM 0.33 and SGLang 0.5.23; both number ranks along tp first. A rank takes what its stage
+Read off the sources of vLLM 0.32.0 and SGLang 0.5.23; both number ranks along tp first. A rank takes what its stage
 computes with: neither engine's copies of embedding, head or vision tower on stages that never use them are fed.
 
     q; gate, up           tp even shares of dim 0, q by heads

@@ -31,6 +31,7 @@ ROW_MODULES = ("o_proj", "down_proj")
 VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Spec(Protocol):
@@ -178,12 +179,12 @@ class Split(StrEnum):
 
 def split_of(name: str, shape: Sequence[int]) -> Split:
     """How the tensor of that name is cut."""
-    parent, module, leaf = ["", "", *name.split(".")][-3:]
+    module, leaf = f".{name}".split(".")[-2:]
     if is_vision(name) or not shape:
         return Split.WHOLE
     if module == "experts" and leaf in EXPERT_STACKS:
         return Split.EXPERTS
-    if parent == "experts":
+    if ONE_EXPERT.search(name):
         raise ValueError(
             f"expected the experts of a layer in stacks, as transformers 5 has them, got {name!r}; "
             f"stack them to experts.gate_up_proj and experts.down_proj"
@@ -277,10 +278,7 @@ def check_policy(architecture: Architecture, parallel: Parallel) -> None:
             f"expected ep x tp to divide the {architecture.experts} experts, got {parallel.ep} x {parallel.tp}; "
             f"lower one of them"
         )
-    if parallel.pp > architecture.layers:
-        raise ValueError(
-            f"expected at most a stage a layer, got pp = {parallel.pp} for {architecture.layers} layers; lower pp"
-        )
+    stage_layers(architecture.layers, parallel.pp, 0)
 
 
 def _is_embedding(name: str) -> bool:
