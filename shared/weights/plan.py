@@ -9,45 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.weights.engine_slices import EngineLayout, EngineParallel, engine_held, engine_layers
-from shared.weights.slices import (
-    Architecture,
-    Box,
-    Coordinates,
-    Parallel,
-    Spec,
-    Split,
-    chunk,
-    held,
-    owner,
-    part,
-    runs,
-    split_of,
-    stage_layers,
-)
-
-__all__ = [
-    "Architecture",
-    "Box",
-    "Coordinates",
-    "EngineLayout",
-    "EngineParallel",
-    "Parallel",
-    "Spec",
-    "Split",
-    "Transfer",
-    "chunk",
-    "engine_held",
-    "engine_layers",
-    "gather",
-    "held",
-    "owner",
-    "part",
-    "plan",
-    "runs",
-    "split_of",
-    "stage_layers",
-]
+from shared.weights.engine_slices import EngineLayout, engine_held
+from shared.weights.slices import Architecture, Box, Parallel, Spec, held, owner
 
 
 @dataclass(frozen=True, slots=True)

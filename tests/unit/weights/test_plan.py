@@ -16,22 +16,18 @@ from hypothesis import strategies as st
 from shared.config.schema import EngineName
 from shared.weights import digest_of, manifest_of
 from shared.weights.digest import hexadecimal, slice_sum
-from shared.weights.plan import (
+from shared.weights.engine_slices import EngineLayout, EngineParallel, engine_held, engine_layers
+from shared.weights.plan import gather, plan
+from shared.weights.slices import (
     Architecture,
     Box,
     Coordinates,
-    EngineLayout,
-    EngineParallel,
     Parallel,
     Split,
     chunk,
-    engine_held,
-    engine_layers,
-    gather,
     held,
     owner,
     part,
-    plan,
     runs,
     split_of,
     stage_layers,
