@@ -131,7 +131,7 @@ def share_out(rows: Sequence[Row], limit: int, ways: int = 1) -> list[list[list[
     Each row goes where the fewest tokens are so far, the longest first (LPT; R. L. Graham, "Bounds on multiprocessing
     timing anomalies", 1969). A single row longer than `limit` makes a micro-batch of its own; some may stay empty.
     """
-    total = sum(row.length for row in rows)
+    total = sum(min(row.length, limit) for row in rows)
     count = max(1, -(-total // (limit * ways)))
     longest_first = sorted(rows, key=lambda row: -row.length)
     while rows:
