@@ -70,8 +70,8 @@ def fits(verdict: dict[str, Any]) -> bool:
 def as_markdown(found: dict[Cell, dict[str, Any]]) -> str:
     """The table."""
     lines = [
-        f"Machine: {describe_machine()}. Differences from one process, float32, Gloo: of the loss and the gradient's norm, "
-        f"relative; of the gradients, the worst element relative to the largest of its tensor. Limit: {LIMIT:g}.",
+        f"Machine: {describe_machine()}. Differences from one process, float32, Gloo: of the loss and the gradient's "
+        f"norm, relative; of gradients, the worst element relative to the largest of its tensor. Limit: {LIMIT:g}.",
         "",
         "| family | layout | ranks | micro-batches | loss | norm | gradients | |",
         "|---|---|---|---|---|---|---|---|",

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from services.policy.layouts.grid import Axis
 
-BLOCK_ELEMENTS = 1 << 24
+BLOCK_ELEMENTS = 1 << 22
 """Most logits (tokens x vocabulary) that exist at one time."""
 
 ALONE = Axis(1, 0, None)
