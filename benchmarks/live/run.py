@@ -18,6 +18,8 @@ from shared.records import JOURNAL
 
 LOOK_S = 0.1
 STOP_S = 120.0
+BOOT_FRACTION_S = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - psutil.boot_time()
+"""The kernel tells when it was booted in whole seconds, and psutil adds a process's age to that."""
 
 
 def leave_nothing_behind() -> None:
@@ -161,7 +163,7 @@ def _service(process: psutil.Process) -> ServiceProcess | None:
         command = process.cmdline()
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        started = process.create_time()
+        started = process.create_time() + BOOT_FRACTION_S
     except psutil.NoSuchProcess:
         return None
     role = next((word.removeprefix("services.") for word in command if word.startswith("services.")), "")
