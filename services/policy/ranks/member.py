@@ -9,11 +9,12 @@ Invariants: it ends with rank 0, however that ends; an error is rank 0's to judg
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -65,8 +66,8 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     invitation: bytes
 
 
-def run(told: bytes) -> int:
-    """One member, until it is told to leave; returns the exit code."""
+def run(told: bytes) -> NoReturn:
+    """One member, until it is told to leave."""
     start = msgspec.json.decode(told, type=Start)
     begin_logging(Path(start.run_folder), "policy", f"{start.replica}.{start.rank}")
     recipe = Recipe.model_validate(start.recipe)
@@ -87,8 +88,8 @@ def run(told: bytes) -> int:
     ranks = Ranks(recipe.weights.bucket_mb * MEGABYTE)
     orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, ranks))
     leave_world()
-    client.close()
-    return EXIT_DONE
+    get_logger().info("this rank ends: rank 0 leaves")
+    os._exit(EXIT_DONE)  # rank 0 speaks for the replica: threads and sockets have nothing to hand over
 
 
 class Orders:
