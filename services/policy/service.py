@@ -373,7 +373,8 @@ class PolicyService:
         self._log.info("state received", step=trainer.position.step, version=trainer.position.version, seconds=seconds)
 
     def _take(self, head: Head, area: Area) -> Trainer:
-        with self._together(Take(head, area.manifest, area.path)):
+        encode = msgspec.msgpack.encode
+        with self._together(Take(encode(head), encode(area.manifest), area.path)):
             return self._learner.take(head, area.tensors)
 
     def _check_state(self, message: CheckState, _frames: Sequence[Frame]) -> None:

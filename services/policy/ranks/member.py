@@ -20,6 +20,7 @@ import msgspec
 
 from services.policy.batch import Frame
 from services.policy.learner import Learner, kind_of, prepare_torch
+from services.policy.peers import Head
 from services.policy.ranks.channel import MemberChannel
 from services.policy.ranks.group import Ranks, form_world, leave_world
 from services.policy.ranks.meshes import bounds, of_rank
@@ -39,6 +40,7 @@ from services.policy.ranks.orders import (
     Save,
     Send,
     Stage,
+    Start,
     Take,
     Told,
     Train,
@@ -50,20 +52,7 @@ from shared.mesh.membership import MeshMembership
 from shared.messages import AnyMessage, MeshFailed, MeshFormed, MeshMember
 from shared.service import EXIT_DONE, begin_logging
 from shared.telemetry import get_logger
-from shared.weights import area_bytes, open_shared, tensor_views
-
-
-class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a member is told over its standard input (JSON). `folder` has the sockets; `store` is what ranks meet by."""
-
-    recipe: dict[str, Any]
-    run_folder: str
-    replica: str
-    rank: int
-    world: int
-    folder: str
-    store: str
-    invitation: bytes
+from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
 
 def run(told: bytes) -> NoReturn:
@@ -160,8 +149,9 @@ def _adopt(learner: Learner, order: Adopting, _frames: list[memoryview]) -> None
 
 
 def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:
-    memory = open_shared(order.path, area_bytes(order.manifest))
-    learner.take(order.head, tensor_views(memory, order.manifest))
+    manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
+    memory = open_shared(order.path, area_bytes(manifest))
+    learner.take(msgspec.msgpack.decode(order.head, type=Head), tensor_views(memory, manifest))
 
 
 HANDLERS: dict[type, Callable[[Learner, Any, list[memoryview]], None]] = {

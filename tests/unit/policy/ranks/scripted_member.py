@@ -10,8 +10,7 @@ from pathlib import Path
 import msgspec
 
 from services.policy.ranks.channel import MemberChannel
-from services.policy.ranks.member import Start
-from services.policy.ranks.orders import Begin, Done, Failed, Leave, Load, Revoke, Told
+from services.policy.ranks.orders import Begin, Done, Failed, Leave, Load, Revoke, Start, Told
 from shared.messages import MeshFailed
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from services.policy.batch import sequences_of
-from services.policy.peers import Head
 from services.policy.ranks.channel import WAITING, CrewChannel, MemberChannel
 from services.policy.ranks.orders import (
     Abort,
+    AnyAnswer,
     AnyOrder,
     Commit,
     Done,
@@ -27,7 +27,6 @@ from services.policy.ranks.orders import (
     Train,
 )
 from shared.messages import CommitStep, LoadState, MeshFormed, Position
-from shared.weights import TensorSpec
 
 AT = Position(1, 2, 3)
 
@@ -52,7 +51,7 @@ def test_what_was_sent_before_a_member_came_waits_for_it_in_order(crew: CrewChan
         Abort(3, 1, 1),
         Save(AT),
         Forget(),
-        Take(Head(AT, "sft", 4, None), [TensorSpec("model/w", "float32", [2, 3])], "/proc/1/fd/3"),
+        Take(b"head", b"manifest", "/proc/1/fd/3"),
     ]
     for number, order in enumerate(orders, 1):
         crew.send(number, order)
@@ -74,11 +73,11 @@ def test_a_step_arrives_with_its_payload_on_every_rank(crew: CrewChannel, folder
 
 
 def test_answers_of_all_ranks_come_through_one_socket(crew: CrewChannel, folder: Path) -> None:
-    sent = [Done(1, 7, True), Failed(2, 7, "mesh", "it broke"), Told(1, MeshFormed(4))]
+    sent: list[AnyAnswer] = [Done(1, 7, True), Failed(2, 7, "mesh", "it broke"), Told(1, MeshFormed(4))]
     members = {rank: MemberChannel(folder, rank) for rank in (1, 2)}
     for answer in sent:
         members[answer.rank].answer(answer)
-    found = []
+    found: list[AnyAnswer | None] = []
     while len(found) < len(sent):
         assert crew.answers.poll(10_000)
         found.append(crew.receive())

@@ -63,7 +63,7 @@ def test_the_ranks_hold_the_gradients_and_metrics_of_one_process(
 @pytest.mark.parametrize("axis", ["pp", "fsdp", "ep", "cp", "tp"])
 def test_axes_that_are_not_built_are_refused_by_name(axis: str) -> None:
     with pytest.raises(RecipeError, match=rf"policy\.parallel\.{axis} = 2: not built yet"):
-        check_built(PolicyParallelTable(**{axis: 2}))
+        check_built(PolicyParallelTable.model_validate({axis: 2}))
 
 
 def test_copies_are_built() -> None:
