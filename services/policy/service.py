@@ -376,7 +376,8 @@ class PolicyService:
         self._log.info("state received", step=trainer.position.step, version=trainer.position.version, seconds=seconds)
 
     def _take(self, head: Head, area: Area) -> Trainer:
-        with self._together(Take(head, area.manifest, area.path)):
+        encode = msgspec.msgpack.encode
+        with self._together(Take(encode(head), encode(area.manifest), area.path)):
             return self._learner.take(head, area.tensors)
 
     def _check_state(self, message: CheckState, _frames: Sequence[Frame]) -> None:
@@ -401,7 +402,8 @@ class PolicyService:
         area = allocate(
             trainer.layout.manifest if what == "weights" else manifest_for(head_of(trainer), trainer.layout)
         )
-        with self._together(Gather(trainer.position, what, area.manifest, area.path)):
+        manifest = msgspec.msgpack.encode(area.manifest)
+        with self._together(Gather(trainer.position, what, manifest, area.path)):
             self._learner.gather(trainer.position, what, area.tensors)
         return area
 

@@ -37,7 +37,7 @@ SUM_BYTES = 32 << 20
 
 
 class Layout:
-    """This rank's part of `model`, which is whole when it comes and is cut in place. ModelError for an impossible mix."""
+    """This rank's part of `model`, which comes whole and is cut in place. ModelError for a mix that it cannot have."""
 
     def __init__(
         self, model: PreTrainedModel, grid: Grid | None = None, *, sequence: bool = False, checkpointing: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import NoReturn
 
 from shared.service import begin_process
 
@@ -14,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """They reach the whole process group; what they mean is rank 0's to decide."""
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Load torch only once this process is tied to rank 0."""
     begin_process()
     for number in SIGNALS:
@@ -23,8 +24,8 @@ def main() -> int:
     told = sys.stdin.buffer.read()
     from services.policy.ranks.member import run
 
-    return run(told)
+    run(told)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from services.policy.batch import Frame
 from services.policy.ranks.orders import AnyAnswer, AnyOrder, Numbered, RanksError
+from shared.arrays import Frame
 
 WAITING = 64
 """Orders or answers that may wait to be taken; there is one of each at a time, beside those about meshes."""

@@ -26,11 +26,10 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from services.policy.batch import Frame
 from services.policy.ranks.channel import CrewChannel, check_path
 from services.policy.ranks.group import form_world, leave_world
-from services.policy.ranks.member import Start
-from services.policy.ranks.orders import AnyOrder, Begin, Done, Failed, Leave, RanksError, Told
+from services.policy.ranks.orders import AnyOrder, Begin, Done, Failed, Leave, RanksError, Start, Told
+from shared.arrays import Frame
 from shared.bus import BusClient, BusError
 from shared.config import Recipe
 from shared.engines.ranks import invitation

@@ -9,11 +9,12 @@ Invariants: it ends with rank 0, however that ends; an error is rank 0's to judg
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -35,34 +36,23 @@ from services.policy.ranks.orders import (
     Leave,
     Load,
     Revoke,
+    Start,
     Take,
     Told,
     Train,
 )
+from services.policy.state import Head
 from shared.config import Recipe
 from shared.engines.ranks import join
 from shared.mesh.membership import MeshMembership
 from shared.messages import AnyMessage, MeshFailed, MeshFormed, MeshMember
 from shared.service import EXIT_DONE, begin_logging
 from shared.telemetry import get_logger
-from shared.weights import area_bytes, open_shared, tensor_views
+from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
 
-class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a member is told over its standard input (JSON). `folder` has the sockets; `store` is what ranks meet by."""
-
-    recipe: dict[str, Any]
-    run_folder: str
-    replica: str
-    rank: int
-    world: int
-    folder: str
-    store: str
-    invitation: bytes
-
-
-def run(told: bytes) -> int:
-    """One member, until it is told to leave; returns the exit code."""
+def run(told: bytes) -> NoReturn:
+    """One member, until it is told to leave."""
     start = msgspec.json.decode(told, type=Start)
     begin_logging(Path(start.run_folder), "policy", f"{start.replica}.{start.rank}")
     recipe = Recipe.model_validate(start.recipe)
@@ -83,8 +73,8 @@ def run(told: bytes) -> int:
     grid = Grid.form(parallel_of(recipe), start.rank, timeouts.step_s)
     orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid))
     leave_world()
-    client.close()
-    return EXIT_DONE
+    get_logger().info("this rank ends: rank 0 leaves")
+    os._exit(EXIT_DONE)  # rank 0 speaks for the replica: threads and sockets have nothing to hand over
 
 
 class Orders:
@@ -151,13 +141,15 @@ def _abort(learner: Learner, order: Abort, _frames: list[memoryview]) -> None:
 
 
 def _gather(learner: Learner, order: Gather, _frames: list[memoryview]) -> None:
-    memory = open_shared(order.path, area_bytes(order.manifest))
-    learner.gather(order.position, order.what, tensor_views(memory, order.manifest))
+    manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
+    memory = open_shared(order.path, area_bytes(manifest))
+    learner.gather(order.position, order.what, tensor_views(memory, manifest))
 
 
 def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:
-    memory = open_shared(order.path, area_bytes(order.manifest))
-    learner.take(order.head, tensor_views(memory, order.manifest))
+    manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
+    memory = open_shared(order.path, area_bytes(manifest))
+    learner.take(msgspec.msgpack.decode(order.head, type=Head), tensor_views(memory, manifest))
 
 
 HANDLERS: dict[type, Callable[[Learner, Any, list[memoryview]], None]] = {

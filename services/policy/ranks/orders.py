@@ -2,16 +2,15 @@
 
 Invariant: an order is what rank 0 does to its own trainer at that moment. All ranks take the same orders in the same
 sequence, so that they enter the same collectives. `Form` and `Revoke` alone are taken at once, and answered by what the
-mesh reports.
+mesh reports. Imports no torch.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from services.policy.state import Head, Whole
 from shared.messages import (
     CommitStep,
     FormMesh,
@@ -22,7 +21,6 @@ from shared.messages import (
     RevokeMesh,
     TrainStep,
 )
-from shared.weights import TensorSpec
 
 Kind = Literal["fatal", "restart", "mesh"]
 """What an error means: no process would do better; a fresh one may; the attempt is taken back."""
@@ -34,6 +32,19 @@ class RanksError(Exception):
     def __init__(self, text: str, *, fatal: bool = False) -> None:
         super().__init__(text)
         self.fatal = fatal
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a member is told over its standard input (JSON). `folder` has the sockets; `store` is what ranks meet by."""
+
+    recipe: dict[str, Any]
+    run_folder: str
+    replica: str
+    rank: int
+    world: int
+    folder: str
+    store: str
+    invitation: bytes
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
@@ -83,20 +94,26 @@ class Abort(Order, frozen=True):
 
 
 class Gather(Order, frozen=True):
-    """`Learner.gather`: put this rank's parts of what the replica holds into memory that rank 0 shares by `path`."""
+    """`Learner.gather`: put this rank's parts of what the replica holds into memory that rank 0 shares by `path`.
+
+    `manifest`, of that memory, is a list of TensorSpec as msgpack.
+    """
 
     position: Position
-    what: Whole
-    manifest: list[TensorSpec]
+    what: Literal["weights", "state"]
+    manifest: bytes
     path: str
     patience = "load_s"
 
 
 class Take(Order, frozen=True):
-    """`Learner.take`: another policy's state has come to rank 0, which shares the memory that it lies in by `path`."""
+    """`Learner.take`: another policy's state has come to rank 0, which shares the memory that it lies in by `path`.
 
-    head: Head
-    manifest: list[TensorSpec]
+    `head` is a state.Head and `manifest` a list of TensorSpec, each as msgpack.
+    """
+
+    head: bytes
+    manifest: bytes
     path: str
     patience = "load_s"
 

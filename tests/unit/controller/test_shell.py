@@ -472,6 +472,18 @@ def test_rendezvous_values_are_served_while_a_mesh_forms(tmp_path: Path) -> None
     assert desk.journal.number == number, "nothing of this is worth keeping"
 
 
+def test_ranks_beside_rank_0_meet_through_the_same_epoch(tmp_path: Path) -> None:
+    desk = forming_desk(tmp_path)
+    desk.hear("policy-0", StoreSet(1, "id/1/k", b"v"), rank=1)
+    desk.hear("policy-0", StoreGet(1, "id/1/k", 5.0), rank=1)
+    assert desk.to("policy-0")[-2:] == [StoreValue(1, "id/1/k", b"v")] * 2
+    number = desk.journal.number
+    desk.hear("policy-0", MeshFormed(1), rank=1)
+    desk.turn()
+    assert isinstance(desk.to("policy-0")[-1], Refused), "what becomes of the mesh is rank 0's to say"
+    assert desk.journal.number == number
+
+
 def test_rendezvous_values_go_with_their_mesh(tmp_path: Path) -> None:
     desk = forming_desk(tmp_path)
     desk.hear("rollout-0", StoreGet(1, "k", 5.0))

@@ -20,7 +20,6 @@ from shared.engines.load import stop_tokens
 from shared.engines.transformers import TransformersEngine
 from shared.messages import Sampling
 from shared.models import load_model, load_tokenizer
-from shared.weights.staging import named_weights
 from shared.weights import load_into
 from shared.weights.staging import named_weights
 

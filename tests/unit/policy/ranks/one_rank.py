@@ -1,0 +1,53 @@
+"""One rank of a replica, for test_steps.py: forms the world, computes and applies the steps of a batch.
+
+`python one_rank.py RANK STORE OUT`: on standard input the recipe and the steps with their frames; OUT gets those of the
+whole weights that this rank owns, zeros elsewhere, OUT.json the metrics of each step.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from services.policy import state
+from services.policy.layouts.compose import layout_of
+from services.policy.layouts.grid import Grid, parallel_of
+from services.policy.ranks.group import form_world, leave_world
+from services.policy.trainer import Trainer
+from shared.config import Recipe
+from shared.messages import CommitStep, GradientsReady, TrainStep
+from shared.models import load_model
+from shared.weights.staging import allocate
+
+
+def no_mesh(epoch: int) -> None:
+    raise AssertionError(f"no mesh of epoch {epoch}")
+
+
+def main() -> None:
+    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    told = msgspec.msgpack.decode(sys.stdin.buffer.read())
+    torch.set_num_threads(1)
+    recipe = Recipe.model_validate(told["recipe"])
+    form_world(rank, recipe.policy.parallel.ranks, store, interface="lo", timeout_s=60.0)
+    layout = layout_of(load_model(recipe.model, 0, weights=True), recipe, Grid.form(parallel_of(recipe), rank, 60.0))
+    steps = [(msgspec.convert(step, TrainStep), frames) for step, frames in told["steps"]]
+    trainer = Trainer(layout, recipe, steps[0][0].position, no_mesh)  # type: ignore[arg-type]  # never called
+    metrics = []
+    for step, frames in steps:
+        vote = trainer.compute(step, frames)
+        assert isinstance(vote, GradientsReady)
+        metrics.append(vote.metrics)
+        trainer.apply(CommitStep(step.step, step.attempt, step.position.lineage))
+    area = allocate(layout.manifest)
+    state.write(trainer, "weights", area.tensors)
+    save_file({name: tensor.clone() for name, tensor in area.tensors.items()}, out)
+    Path(out + ".json").write_bytes(msgspec.json.encode(metrics))
+    leave_world()
+
+
+main()
