@@ -61,7 +61,8 @@ def test_two_ranks_share_every_step_and_end_with_the_run(new_run: NewRun, recipe
 def test_a_rank_killed_in_mid_step_is_the_loss_of_all_and_costs_a_redo(
     new_run: NewRun, recipe: Path, rank: int
 ) -> None:
-    run = new_run().up(recipe, "policy.parallel.replicate=2", "checkpoint.every=10", "train.batches=20")
+    layout = ("policy.parallel.tp=2", "model.build.kv_heads=2")
+    run = new_run().up(recipe, *layout, "checkpoint.every=10", "train.batches=20")
     run.wait_for_steps(3, "train")
     both = [run.pid_of("policy-0"), member_of(run)]
     run.signal(both[rank], signal.SIGKILL)
@@ -77,7 +78,7 @@ def test_a_rank_killed_in_mid_step_is_the_loss_of_all_and_costs_a_redo(
 
 
 def test_a_rank_that_hangs_is_the_loss_of_all_while_the_others_wait_for_it(new_run: NewRun, recipe: Path) -> None:
-    options = ("policy.parallel.replicate=2", "checkpoint.every=10", f"bus.lost_after_s={LOST_AFTER_S}")
+    options = ("policy.parallel.pp=2", "checkpoint.every=10", f"bus.lost_after_s={LOST_AFTER_S}")
     run = new_run().up(recipe, *options, "sft.batches=60")
     run.wait_for_steps(5, "sft")
     hung = member_of(run)
@@ -108,7 +109,7 @@ def compared(run: Run) -> list[dict[str, Any]]:
 
 
 def test_replicas_of_two_ranks_share_the_steps_and_one_of_them_joins_again(new_run: NewRun, recipe: Path) -> None:
-    options = ("policy.replicas=2", "policy.parallel.replicate=2", "checkpoint.every=10")
+    options = ("policy.replicas=2", "policy.parallel.fsdp=2", "checkpoint.every=10")
     run = new_run().up(recipe, *options, "sft.batches=100000")
     run.wait_for_steps(5, "sft")
     run.signal(member_of(run, "policy-1"), signal.SIGKILL)
