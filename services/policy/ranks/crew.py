@@ -74,7 +74,7 @@ class Crew:
         self._changed = threading.Condition()
         self._number = 0
         self._answers: dict[int, Done | Failed] = {}
-        self._awaited = ""
+        self._awaited, self._patience = "", ""
         self._over: RanksError | None = None
         self._closed = threading.Event()
         self._obeys = False  # all members take orders: what ends in good order can be told so
@@ -143,6 +143,7 @@ class Crew:
             answers = [self._answers[rank] for rank in sorted(self._answers)]
             late = [rank for rank in range(1, self.world) if rank not in self._answers]
         if not answered:
+            self._obeys = False
             ranks = ", ".join(map(str, late))
             raise RanksError(
                 f"rank 0 waited {limit_s:g} s (timeouts.{self._patience}) for rank {ranks} to carry out "
