@@ -1,4 +1,4 @@
-"""A GRPO training step with each prompt computed once a row, beside one padded row for each sample.
+"""A GRPO training step with each prompt computed once a row, beside one row for each sample.
 
 `python -m benchmarks.shared_prompt`, or `make bench-shared-prompt`.
 The recipe's model, batch and prompts; as responses its worked answers, which are what the model has learnt to write.
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.machine import RESULTS, describe_machine, load_average, write_results
 from services.policy import trainer as trainer_module
-from services.policy.batch import Row, TrainSequence, micro_batches, rows_of, sequences_of
+from services.policy.batch import Row, TrainSequence, rows_of, sequences_of
 from services.policy.trainer import Trainer
 from shared.arrays import Frame, pack
 from shared.config import Recipe, live_values, load_recipe
@@ -72,11 +72,10 @@ def make_step(recipe: Recipe, seed: int) -> tuple[TrainStep, list[Frame]]:
     return step, payload
 
 
-def padded(recipe: Recipe, step: TrainStep, frames: list[Frame], width: int, *, shared: bool) -> int:
-    """Tokens with padding that go through the model."""
-    limit = recipe.policy.micro_batch_tokens
-    rows = (rows_of if shared else separate_rows)(sequences_of(step, frames), limit, width)
-    return sum(micro.inputs.numel() for micro in micro_batches(rows, limit, pad=0))
+def tokens_of(recipe: Recipe, step: TrainStep, frames: list[Frame], width: int, *, shared: bool) -> int:
+    """Tokens that go through the model."""
+    rows = (rows_of if shared else separate_rows)(sequences_of(step, frames), recipe.policy.micro_batch_tokens, width)
+    return sum(row.length for row in rows)
 
 
 def timed(trainer: Trainer, step: TrainStep, frames: list[Frame]) -> tuple[float, dict[str, float]]:
@@ -132,13 +131,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "response_tokens": statistics.mean(lengths),
         "ratio": round(statistics.median(ratios), 3),
         "quarters": [round(ratio, 3) for ratio in statistics.quantiles(ratios, n=4)],
-        "shared": _of_way(seconds[True], padded(recipe, step, frames, width, shared=True), norms[True]),
-        "separate": _of_way(seconds[False], padded(recipe, step, frames, width, shared=False), norms[False]),
+        "shared": _of_way(seconds[True], tokens_of(recipe, step, frames, width, shared=True), norms[True]),
+        "separate": _of_way(seconds[False], tokens_of(recipe, step, frames, width, shared=False), norms[False]),
     }
 
 
 def _of_way(seconds: list[float], tokens: int, norm: float) -> dict[str, Any]:
-    return {"seconds": round(statistics.median(seconds), 4), "padded_tokens": tokens, "grad_norm": norm}
+    return {"seconds": round(statistics.median(seconds), 4), "tokens": tokens, "grad_norm": norm}
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -151,12 +150,12 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{result['threads']} thread, micro-batches of at most {result['micro_batch_tokens']} tokens; medians of "
         f"{result['rounds']} rounds in turns.",
         "",
-        "| | s a step | padded tokens | gradient norm |",
+        "| | s a step | tokens | gradient norm |",
         "|---|---|---|---|",
     ]
     for name, key in (("one prompt a row, its responses behind it", "shared"), ("one row a sample", "separate")):
         way = result[key]
-        lines.append(f"| {name} | {way['seconds']:.3f} | {way['padded_tokens']} | {way['grad_norm']:.6f} |")
+        lines.append(f"| {name} | {way['seconds']:.3f} | {way['tokens']} | {way['grad_norm']:.6f} |")
     low, _, high = result["quarters"]
     return "\n".join([*lines, "", f"Ratio: **{result['ratio']:.2f}** (middle half: {low:.2f} to {high:.2f})."]) + "\n"
 
