@@ -42,8 +42,8 @@ class Decoder(nn.Module):
     def forward(self, micro: MicroBatch, hidden: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [T] of the response tokens; before the last stage, its hidden states.
 
-        `hidden` [1, S here, H] comes from the stage before. With context or sequence parallelism S here is a rank's part
-        of the line.
+        `hidden` [1, S here, H] comes from the stage before. With context or sequence parallelism S here is a rank's
+        part of the line.
         """
         context = self._context
         first, last = part(micro.size, context.size, context.index)
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         positions = positions.expand(3, -1)[:, None] if self._axes == 3 else positions[None]
         blocks = micro.blocks if context.group is None else micro.blocks_between(first, last)
         rotary = self.text.rotary_emb(hidden, positions)
-        line = Line(blocks, context)
+        line = Line.of(blocks, context, hidden.dtype)
         for layer in self.text.layers:
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, use_cache=False, line=line)
         if not self._grid.last:

@@ -1,21 +1,15 @@
-"""From groups and frames to micro-batches."""
+"""From groups and frames to sequences and rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-import torch
 
-from services.policy.batch import BatchError, MicroBatch, micro_batches, rows_of, sequences_of
+from services.policy.batch import BatchError, rows_of, sequences_of
 
 WIDTH = 128
-
-
-def batches_of(step: Any, frames: Any, limit: int, width: int = WIDTH) -> list[MicroBatch]:
-    return micro_batches(rows_of(sequences_of(step, frames), limit, width), limit, pad=0)
 
 
 def test_rows_are_the_same_whatever_the_order_of_the_groups(tools: Any) -> None:
@@ -62,50 +56,15 @@ def test_responses_do_not_share_a_row_where_attention_would_cost_more_than_the_p
     assert len(rows_of(sequences, 1000, 1)) > 1
 
 
-def test_no_micro_batch_has_more_padded_tokens_than_the_limit_and_none_is_lost(tools: Any) -> None:
-    step, frames = tools.step(tools.recipe(), groups=6, samples=4)
-    batches = batches_of(step, frames, 60)
-    assert all(micro.inputs.numel() <= 60 for micro in batches)
-    assert len(batches) > 2
-    assert sum(micro.tokens for micro in batches) == step.tokens
-
-
-def test_a_sequence_longer_than_the_limit_makes_a_micro_batch_of_its_own(tools: Any) -> None:
+def test_a_sequence_longer_than_the_limit_has_a_row_of_its_own(tools: Any) -> None:
     step, frames = tools.step(tools.recipe())
-    batches = batches_of(step, frames, 1)
-    assert [len(micro.lengths) for micro in batches] == [1] * step.sequences
-    assert [micro.inputs.shape[0] for micro in batches] == [1] * step.sequences
-
-
-@pytest.mark.parametrize("limit", [1000, 25])
-def test_each_response_token_is_predicted_by_what_comes_before_it_in_its_own_sequence(tools: Any, limit: int) -> None:
-    step, frames = tools.step(tools.recipe(), samples=4)
-    rows = rows_of(sequences_of(step, frames), limit, WIDTH)
-    sequences = [np.concatenate([s.prompt, s.tokens]) for row in rows for s in row.responses]
-    prompts = [len(s.prompt) for row in rows for s in row.responses]
-    seen = []
-    for micro in micro_batches(rows, limit, pad=0):
-        row, column = micro.picks // micro.keep, micro.picks % micro.keep + micro.inputs.shape[1] - micro.keep
-        visible = micro.mask(torch.float32)[:, 0] == 0
-        for r, c, target in zip(row.tolist(), column.tolist(), micro.targets.tolist(), strict=True):
-            context = visible[r, c]
-            order = micro.positions[r][context]
-            assert order.tolist() == list(range(len(order)))  # what it sees, once each, where it belongs
-            seen.append([*micro.inputs[r][context].tolist(), target])
-    expected = [s[: at + 1].tolist() for s, p in zip(sequences, prompts, strict=True) for at in range(p, len(s))]
-    assert seen == expected
-
-
-def test_the_mask_leaves_no_position_without_anything_to_see(tools: Any) -> None:
-    step, frames = tools.step(tools.recipe())
-    for micro in batches_of(step, frames, 1000):
-        assert (micro.parts == -1).any()
-        assert (micro.mask(torch.float32) == 0).any(-1).all()
+    rows = rows_of(sequences_of(step, frames), 1, WIDTH)
+    assert [len(row.responses) for row in rows] == [1] * step.sequences
 
 
 def test_sequences_without_a_response_token_are_left_out(tools: Any) -> None:
     step, frames = tools.step(tools.recipe(), empty=True)
-    assert batches_of(step, frames, 1000) == []
+    assert rows_of(sequences_of(step, frames), 1000, WIDTH) == []
 
 
 @pytest.mark.parametrize("fault", ["frame missing", "array missing", "wrong length", "advantages"])
@@ -122,14 +81,3 @@ def test_a_payload_that_does_not_fit_is_refused_by_name(tools: Any, fault: str) 
         group = msgspec.structs.replace(group, advantages=[1.0])
     with pytest.raises(BatchError, match="step 0"):
         sequences_of(msgspec.structs.replace(step, groups=[group]), frames)
-
-
-def test_padding_never_reaches_the_arrays(tools: Any) -> None:
-    step, frames = tools.step(tools.recipe())
-    rows = rows_of(sequences_of(step, frames), 10_000, WIDTH)
-    together = micro_batches(rows, 10_000, pad=0)
-    assert len(together) == 1
-    sequences = [s for row in rows for s in row.responses]
-    tokens = np.concatenate([s.tokens for s in sequences])
-    assert (together[0].targets.numpy() == tokens).all()
-    assert together[0].engine_logprobs.numpy() == pytest.approx(np.concatenate([s.logprobs for s in sequences]))
