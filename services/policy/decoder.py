@@ -32,7 +32,7 @@ class Decoder(nn.Module):
         self._grid = grid
         self._context, self._tensor = grid.axis("cp"), grid.axis("tp")
         self._sequence = sequence
-        config = self.text.config
+        config: Any = self.text.config
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ModelError("expected layers that attend to all that came before, got sliding windows: not supported")
         config._attn_implementation = PACKED
