@@ -24,7 +24,6 @@ import torch
 from benchmarks.machine import RESULTS, describe_machine, load_average, write_results
 from services.policy import trainer as trainer_module
 from services.policy.batch import Row, TrainSequence, rows_of, sequences_of
-from services.policy.layouts.compose import layout_of
 from services.policy.trainer import Trainer
 from shared.arrays import Frame, pack
 from shared.config import Recipe, live_values, load_recipe
@@ -73,10 +72,9 @@ def make_step(recipe: Recipe, seed: int) -> tuple[TrainStep, list[Frame]]:
     return step, payload
 
 
-def computed(recipe: Recipe, step: TrainStep, frames: list[Frame], width: int, *, shared: bool) -> int:
+def tokens_of(recipe: Recipe, step: TrainStep, frames: list[Frame], width: int, *, shared: bool) -> int:
     """Tokens that go through the model."""
-    limit = recipe.policy.micro_batch_tokens
-    rows = (rows_of if shared else separate_rows)(sequences_of(step, frames), limit, width)
+    rows = (rows_of if shared else separate_rows)(sequences_of(step, frames), recipe.policy.micro_batch_tokens, width)
     return sum(row.length for row in rows)
 
 
@@ -133,8 +131,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "response_tokens": statistics.mean(lengths),
         "ratio": round(statistics.median(ratios), 3),
         "quarters": [round(ratio, 3) for ratio in statistics.quantiles(ratios, n=4)],
-        "shared": _of_way(seconds[True], computed(recipe, step, frames, width, shared=True), norms[True]),
-        "separate": _of_way(seconds[False], computed(recipe, step, frames, width, shared=False), norms[False]),
+        "shared": _of_way(seconds[True], tokens_of(recipe, step, frames, width, shared=True), norms[True]),
+        "separate": _of_way(seconds[False], tokens_of(recipe, step, frames, width, shared=False), norms[False]),
     }
 
 

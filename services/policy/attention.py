@@ -7,7 +7,7 @@ the line and computes each with torch's scaled dot-product attention; without `l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ class Line:
     blocks: Sequence[Block]
     context: Axis
 
+    @classmethod
+    def of(cls, blocks: Sequence[Block], context: Axis, dtype: torch.dtype) -> Line:
+        """The line with masks of `dtype` to add to scores.
+
+        Of a bool one torch makes such a mask in each layer, and keeps them all for backward.
+        """
+        return cls([replace(b, mask=None if b.mask is None else _added(b.mask, dtype)) for b in blocks], context)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
 
 def packed_attention(
     module: nn.Module,
@@ -51,23 +63,39 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     queries = query[0].transpose(0, 1)
     keys, values = (gather_scatter(each[0].transpose(0, 1), line.context, 0) for each in (key, value))
-    answers = [_block(queries, keys, values, block, scaling) for block in line.blocks]
-    return torch.cat(answers)[None], None
+    asked = [block.queries for block in line.blocks]
+    seen = [block.keys for block in line.blocks]
+    parts = zip(_cut(queries, asked), _cut(keys, seen), _cut(values, seen), line.blocks, strict=True)
+    answers = [_block(q, k, v, block, scaling) for q, k, v, block in parts]
+    return (answers[0] if len(answers) == 1 else torch.cat(answers))[None], None
+
+
+def _cut(line: Tensor, spans: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """Parts of a line that follow each other: in backward one `cat`, where slices would each fill a line with zeros."""
+    if (spans[0][0], spans[-1][1]) != (0, line.shape[0]):
+        line = line[spans[0][0] : spans[-1][1]]
+    if len(spans) == 1:
+        return [line]
+    parts: Sequence[Tensor] = line.split([stop - start for start, stop in spans])
+    return parts
 
 
 def _block(queries: Tensor, keys: Tensor, values: Tensor, block: Block, scaling: float | None) -> Tensor:
     """One block's answers [tokens, heads, width] in order."""
-    rows, count = block.queries.shape
-    q = queries[block.queries.flatten()].view(rows, count, *queries.shape[1:]).transpose(1, 2)
-    k, v = (
-        each[block.keys.flatten()].view(rows, -1, *each.shape[1:]).transpose(1, 2).repeat_interleave(
-            queries.shape[1] // each.shape[1], dim=1
-        )
-        for each in (keys, values)
-    )  # fmt: skip
-    answer = scaled_dot_product_attention(q, k, v, block.mask, is_causal=block.mask is None, scale=scaling)
-    flat = answer.transpose(1, 2).reshape(rows * count, *queries.shape[1:])
-    return flat if block.valid is None else flat[block.valid]
+    q, k, v = (_spread(each, block) for each in (queries, keys, values))
+    answer = scaled_dot_product_attention(
+        q, k, v, block.mask, is_causal=block.mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    flat = answer.transpose(1, 2).reshape(-1, *queries.shape[1:])
+    return flat if block.valid is None else flat.index_select(0, block.valid)
+
+
+def _spread(tokens: Tensor, block: Block) -> Tensor:
+    """Tokens [tokens, heads, width] as rows [b, heads, q or k, width], zeros where a row is shorter."""
+    if block.valid is not None:
+        padded = tokens.new_zeros((block.rows * block.length, *tokens.shape[1:]))
+        tokens = padded.index_copy(0, block.valid, tokens)
+    return tokens.reshape(block.rows, -1, *tokens.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -54,7 +55,7 @@ class Row:
         """Token ids of the prompt of all responses."""
         return self.responses[0].prompt
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Tokens of the prompt and all responses together."""
         return len(self.prompt) + sum(len(s.tokens) for s in self.responses)

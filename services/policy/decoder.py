@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         positions = positions.expand(3, -1)[:, None] if self._axes == 3 else positions[None]
         blocks = micro.blocks if context.group is None else micro.blocks_between(first, last)
         rotary = self.text.rotary_emb(hidden, positions)
-        line = Line(blocks, context)
+        line = Line.of(blocks, context, hidden.dtype)
         for layer in self.text.layers:
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, use_cache=False, line=line)
         if not self._grid.last:

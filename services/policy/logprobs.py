@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from services.policy.layouts.grid import Axis
 
-BLOCK_ELEMENTS = 1 << 22
-"""Most logits (tokens x vocabulary) that exist at one time."""
+BLOCK_ELEMENTS = 1 << 24
+"""Most logits (tokens x vocabulary) that exist at one time; on a CPU a quarter, which is nearer to its caches."""
 
 ALONE = Axis(1, 0, None)
 
@@ -55,7 +55,7 @@ class _TokenLogProbs(torch.autograd.Function):
         dtype = temperatures.dtype
         peak = torch.full_like(temperatures, torch.finfo(dtype).min)
         mass, expected, chosen = (torch.zeros_like(temperatures) for _ in range(3))
-        for block in _blocks(hidden.shape[0], weight.shape[0]):
+        for block in _blocks(hidden, weight.shape[0]):
             scaled = (hidden @ weight[block].T).to(dtype).div_(temperatures[:, None])
             own, places = _own(targets - first, block)
             chosen += scaled.gather(-1, places).squeeze(-1).where(own, 0.0)
@@ -88,7 +88,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for_hidden = torch.zeros_like(hidden, dtype=temperatures.dtype) if ctx.needs_input_grad[0] else None
         for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         outer = (grad_logprobs / temperatures)[:, None]
-        for block in _blocks(hidden.shape[0], weight.shape[0]):
+        for block in _blocks(hidden, weight.shape[0]):
             scaled = (hidden @ weight[block].T).to(temperatures.dtype).div_(temperatures[:, None])
             part = scaled.sub_(normalisers[:, None]).exp_().mul_(-outer)
             own, places = _own(targets - ctx.first, block)
@@ -103,8 +103,9 @@ class _TokenLogProbs(torch.autograd.Function):
         return None if for_hidden is None else for_hidden.to(hidden.dtype), for_weight, None, None, None, None
 
 
-def _blocks(tokens: int, vocabulary: int) -> list[slice]:
-    width = max(1, BLOCK_ELEMENTS // max(1, tokens))
+def _blocks(hidden: Tensor, vocabulary: int) -> list[slice]:
+    elements = BLOCK_ELEMENTS // 4 if hidden.device.type == "cpu" else BLOCK_ELEMENTS
+    width = max(1, elements // max(1, hidden.shape[0]))
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 

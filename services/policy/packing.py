@@ -30,12 +30,18 @@ FILLED = 0.8
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that attention computes together: b of them, up to q queries and k keys each, as places in the line."""
+    """b rows that follow each other in the line and that attention computes together, up to q queries and k keys each.
 
-    queries: Tensor  # int64 [b, q]
-    keys: Tensor  # int64 [b, k]
+    `queries` and `keys` are the places [start, stop) of their tokens. Rows of unequal lengths are spread over b x k
+    places, where q = k; a row of which a part alone is asked for stands alone.
+    """
+
+    rows: int  # b
+    length: int  # k
+    queries: tuple[int, int]  # by the count of those who are asked for
+    keys: tuple[int, int]  # in the whole line
     mask: Tensor | None  # bool [b, 1, q, k], True where a query sees a key; None: each sees itself and those before it
-    valid: Tensor | None  # int64 [n], which of the b x q queries are tokens, in their order; None: all
+    valid: Tensor | None  # int64 [tokens], where of the b x k places its tokens stand, in their order; None: on all
 
 
 @dataclass(frozen=True)
@@ -79,50 +85,47 @@ class MicroBatch:
 
         Their answers, block after block, are those of the places in order.
         """
-        blocks: list[Block] = []
-        rows: list[tuple[int, int]] = []
-        for start, stop in zip(self.starts, self.starts[1:], strict=False):
-            if stop <= first or start >= last:
+        groups: list[list[tuple[int, int]]] = []
+        for row in zip(self.starts, self.starts[1:], strict=False):
+            if row[1] <= first or row[0] >= last:
                 continue
-            if start < first or stop > last:  # a row of which others have a part stands alone
-                if rows:
-                    blocks.append(self._block(rows, first, last))
-                blocks.append(self._block([(start, stop)], first, last))
-                rows = []
-                continue
-            if rows and stop - start < FILLED * (rows[0][1] - rows[0][0]):
-                blocks.append(self._block(rows, first, last))
-                rows = []
-            rows.append((start, stop))
-        if rows:
-            blocks.append(self._block(rows, first, last))
-        return blocks
+            if groups and _joins(row, groups[-1], first, last):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return [self._block(rows, first, last) for rows in groups]
 
     def _block(self, rows: Sequence[tuple[int, int]], first: int, last: int) -> Block:
         device = self.inputs.device
-        starts = torch.tensor([start for start, _ in rows])[:, None]
+        begin, end = rows[0][0], rows[-1][1]
+        asked = max(first, begin), min(last, end)
         lengths = torch.tensor([stop - start for start, stop in rows])[:, None]
-        own_first, own_last = max(first, rows[0][0]) - rows[0][0], min(last, rows[-1][1]) - rows[-1][0]
-        places = torch.arange(int(lengths.max()))[None]
-        keys = torch.where(places < lengths, starts + places, starts).to(device)
-        if len(rows) > 1:
-            own_first, own_last = 0, keys.shape[1]
-        queries = keys[:, own_first:own_last]
-        inside = (places < lengths)[:, own_first:own_last]
-        parts = self.parts[keys]
+        length = int(lengths.max())
+        places = torch.arange(length)
+        valid = None
+        parts = self.parts[begin:end]
+        if length * len(rows) > end - begin:
+            valid = (places < lengths).flatten().nonzero().flatten().to(device)
+            parts = parts.new_zeros(length * len(rows)).index_copy_(0, valid, parts)
         mask = None
-        if bool((parts > 1).any()) or queries.shape != keys.shape:
-            here = parts[:, own_first:own_last]
-            seen = (here[:, :, None] == parts[:, None, :]) | (parts[:, None, :] == 0)
-            before = places[:, None, :].to(device) <= places[:, own_first:own_last, None].to(device)
-            mask = (seen & before)[:, None]
-        valid = None if bool(inside.all()) else inside.flatten().nonzero().flatten().to(device)
-        return Block(queries - first, keys, mask, valid)
+        parts = parts.view(len(rows), length)
+        if asked != (begin, end) or bool((parts > 1).any()):
+            own = slice(asked[0] - begin, asked[1] - begin) if len(rows) == 1 else slice(None)
+            seen = (parts[:, own, None] == parts[:, None]) | (parts[:, None] == 0)
+            mask = (seen & (places <= places[own, None]).to(device))[:, None]
+        return Block(len(rows), length, (asked[0] - first, asked[1] - first), (begin, end), mask, valid)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+
+def _joins(row: tuple[int, int], rows: Sequence[tuple[int, int]], first: int, last: int) -> bool:
+    """Whether a row is computed in a block with those before it: all whole, and padded to the first one by little."""
+    longest = rows[0][1] - rows[0][0]
+    whole = first <= rows[0][0] and row[1] <= last
+    return whole and FILLED * longest <= row[1] - row[0] <= longest
 
 
 def share_out(rows: Sequence[Row], limit: int, ways: int = 1) -> list[list[list[Row]]]:

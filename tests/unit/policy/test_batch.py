@@ -1,4 +1,4 @@
-"""From groups and frames to micro-batches."""
+"""From groups and frames to sequences and rows."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ def test_responses_do_not_share_a_row_where_attention_would_cost_more_than_the_p
     sequences = sequences_of(step, frames)
     assert len(rows_of(sequences, 1000, 128)) == 1
     assert len(rows_of(sequences, 1000, 1)) > 1
+
+
+def test_a_sequence_longer_than_the_limit_has_a_row_of_its_own(tools: Any) -> None:
+    step, frames = tools.step(tools.recipe())
+    rows = rows_of(sequences_of(step, frames), 1, WIDTH)
+    assert [len(row.responses) for row in rows] == [1] * step.sequences
 
 
 def test_sequences_without_a_response_token_are_left_out(tools: Any) -> None:

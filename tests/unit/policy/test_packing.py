@@ -1,165 +1,223 @@
-"""Packed micro-batches: what is in them, and what attends to what."""
+"""Rows in lines without padding: who gets which, what predicts what, and what attention sees in blocks."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from services.policy.attention import Line, packed_attention
-from services.policy.batch import Row, TrainSequence, rows_of, sequences_of
-from services.policy.layouts.grid import Axis
+from services.policy.batch import Row, TrainSequence
 from services.policy.packing import Block, MicroBatch, pack, share_out
 from shared.models.images import Pixels
 
-WIDTH = 128
-ALONE = Axis(1, 0, None)
+LENGTHS = ((3, (4, 2)), (6, (5,)), (2, (1, 1, 7)), (9, (1,)), (4, (8, 3)), (1, (1,)), (1, (2,)))
+"""Tokens of a row's prompt and of its responses."""
 
 
-def rows(tools: Any, limit: int = 1000, **named: Any) -> list[Row]:
-    return rows_of(sequences_of(*tools.step(tools.recipe(), **named)), limit, WIDTH)
+def make_rows(lengths: Sequence[tuple[int, Sequence[int]]] = LENGTHS) -> list[Row]:
+    """Rows of which no token is like another."""
+    found, token = [], 1
+    for group, (prompt_length, responses) in enumerate(lengths):
+        prompt = np.arange(token, token + prompt_length, dtype=np.int32)
+        token += prompt_length
+        samples = []
+        for sample, length in enumerate(responses):
+            tokens = np.arange(token, token + length, dtype=np.int32)
+            token += length
+            logprobs = (-tokens / 100).astype(np.float32)
+            samples.append(TrainSequence(group, 1, sample, prompt, tokens, logprobs, sample + 0.5, 1.0 + group, "r"))
+        found.append(Row(tuple(samples)))
+    return found
 
 
-def row_of(length: int, name: int = 0) -> Row:
-    """A row of that many tokens, one of them a prompt's."""
-    tokens = np.arange(1, length, dtype=np.int32)
-    return Row((TrainSequence(name, 1, 0, np.zeros(1, np.int32), tokens, -np.ones(length - 1, np.float32), 1.0, 1.0),))
+def long_tail(count: int = 64, seed: int = 0) -> list[Row]:
+    lengths = np.random.default_rng(seed).lognormal(3.0, 0.8, count).astype(int) + 1
+    return make_rows([(2, (int(length),)) for length in lengths])
 
 
-def seen_by(micro: MicroBatch, blocks: list[Block], first: int) -> list[list[int]]:
-    """For each place whose answer the blocks give, in their order, the places that attention shows it."""
+def size(rows: Sequence[Row]) -> int:
+    return sum(row.length for row in rows)
+
+
+def names(shares: list[list[list[Row]]]) -> list[list[list[int]]]:
+    return [[[row.responses[0].group for row in rows] for rows in way] for way in shares]
+
+
+def seen(micro: MicroBatch, first: int = 0, last: int | None = None) -> list[list[int]]:
+    """For each place from `first` on, the places that attention shows it, from what the blocks say."""
     found = []
-    for block in blocks:
-        count, keys = block.queries.shape[1], block.keys.shape[1]
-        mask = block.mask
-        if mask is None:
-            mask = torch.ones(count, keys).tril().bool().expand(len(block.keys), 1, -1, -1)
-        shown = [
-            (int(block.queries[row, query]) + first, block.keys[row][mask[row, 0, query]].tolist())
-            for row in range(len(block.keys))
-            for query in range(count)
-        ]
-        found += shown if block.valid is None else [shown[index] for index in block.valid.tolist()]
-    assert [place for place, _ in found] == list(range(first, first + len(found)))
-    return [places for _, places in found]
+    for block in micro.blocks_between(first, micro.size if last is None else last):
+        keys, queries = places(block, block.keys), places(block, block.queries)
+        for row in range(block.rows):
+            for column, query in enumerate(queries[row]):
+                if query < 0:
+                    continue
+                before = int((keys[row] == query + first).nonzero()) + 1
+                visible = torch.arange(block.length) < before if block.mask is None else block.mask[row, 0, column]
+                found.append(keys[row][visible].tolist())
+    return found
 
 
-@pytest.mark.parametrize("limit", [1000, 25])
-def test_each_response_token_is_predicted_by_what_comes_before_it_in_its_own_sequence(tools: Any, limit: int) -> None:
-    made = rows(tools, limit, samples=4)
-    expected = [
-        [*s.prompt.tolist(), *s.tokens.tolist()][: at + 1]
-        for row in made
-        for s in row.responses
-        for at in range(len(s.prompt), len(s.prompt) + len(s.tokens))
-    ]
-    seen = []
-    for row in made:
-        micro = pack([row, row_of(5)])
-        shown = seen_by(micro, micro.blocks, 0)
-        for place, target in zip(micro.picks.tolist(), micro.targets.tolist(), strict=True):
-            order = micro.positions[shown[place]]
-            assert sorted(order.tolist()) == list(range(len(order)))  # what it sees, once each, where it belongs
-            if place < micro.starts[1] or row.length < 5:
-                seen.append([*micro.inputs[shown[place]].tolist(), target])
-    assert [each for each in seen if each in expected] == expected
+def places(block: Block, span: tuple[int, int]) -> torch.Tensor:
+    """The places of a span as the block's rows [b, q or k], -1 on padding."""
+    line = torch.arange(*span)
+    if block.valid is None:
+        return line.view(block.rows, -1)
+    return torch.full((block.rows * block.length,), -1).index_copy(0, block.valid, line).view(block.rows, -1)
 
 
-def test_a_line_has_all_rows_the_longest_first_and_no_padding(tools: Any) -> None:
-    made = rows(tools, groups=5)
-    micro = pack(made[::-1])
-    assert micro.size == sum(row.length for row in made) == micro.starts[-1]
-    lengths = np.diff(micro.starts).tolist()
-    assert lengths == sorted(lengths, reverse=True)
-    tokens = np.concatenate([s.tokens for row in made for s in row.responses])
-    assert sorted(micro.targets.tolist()) == sorted(tokens.tolist())
-    assert micro.tokens == len(micro.picks) == int(micro.lengths.sum()) == len(micro.engine_logprobs)
-
-
-def test_padding_to_a_multiple_is_a_row_of_its_own_that_nobody_sees() -> None:
-    micro = pack([row_of(9), row_of(4)], multiple=8)
-    assert micro.size == 16 and micro.starts == (0, 9, 13, 16)
-    assert all(place >= 13 for shown in seen_by(micro, micro.blocks, 0)[13:] for place in shown)
-    assert max(micro.picks.tolist()) < 13
-
-
-def test_no_rows_are_a_line_of_padding_that_teaches_nothing() -> None:
-    micro = pack([], multiple=4)
-    assert (micro.size, micro.tokens) == (4, 0)
-    assert pack([], at_least=6, multiple=4).size == 8
-
-
-@pytest.mark.parametrize("cut", [1, 7, 12, 20])
-def test_ranks_that_share_a_line_see_what_one_sees(tools: Any, cut: int) -> None:
-    micro = pack([*rows(tools, samples=3), row_of(6)])
-    whole = seen_by(micro, micro.blocks, 0)
-    parts = [seen_by(micro, micro.blocks_between(*ends), ends[0]) for ends in ((0, cut), (cut, micro.size))]
-    assert [*parts[0], *parts[1]] == whole
-
-
-def test_an_image_has_positions_in_time_height_and_width_and_text_counts_on_behind_it() -> None:
-    values, grids = torch.zeros(24, 4), torch.tensor([[1, 4, 6]])
-    prompt = np.zeros(1 + 6 + 2, np.int32)
-    response = TrainSequence(0, 1, 0, prompt, np.ones(2, np.int32), -np.ones(2, np.float32), 1.0, 1.0)
-    micro = pack([Row((response,), Pixels(values, grids, ((1, 7),)))], merge=2)
-    assert micro.positions.tolist() == [
-        [0, 1, 1, 1, 1, 1, 1, 4, 5, 6, 7],
-        [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7],
-        [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7],
-    ]
-    assert micro.pixels is not None and micro.pixels.shape == (24, 4)
+# --- who gets which row ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ways", [1, 2, 3])
-def test_rows_are_shared_out_evenly_and_none_is_lost(ways: int) -> None:
-    lengths = [int(n) for n in np.random.default_rng(3).lognormal(3, 1, size=60)]
-    made = [row_of(2 + length, number) for number, length in enumerate(lengths)]
-    limit = max(row.length for row in made)
-    shares = share_out(made, limit, ways)
-    assert len({len(share) for share in shares}) == 1, "all ranks have as many micro-batches"
-    bins = [micro for share in shares for micro in share]
-    assert sorted(row.responses[0].group for micro in bins for row in micro) == list(range(60))
-    tokens = [sum(row.length for row in micro) for micro in bins]
-    assert max(tokens) <= limit
-    several = [sum(row.length for row in micro) for micro in bins if len(micro) > 1]
-    assert max(several) - min(several) < 0.05 * limit
-    assert share_out(made, limit, ways) == shares
+@pytest.mark.parametrize("limit", [1, 12, 20, 1000])
+def test_every_row_is_given_to_one_way_and_all_have_as_many_micro_batches(limit: int, ways: int) -> None:
+    shares = share_out(make_rows(), limit, ways)
+    assert len(shares) == ways
+    assert len({len(way) for way in shares}) == 1
+    given = sorted(number for way in names(shares) for rows in way for number in rows)
+    assert given == list(range(len(LENGTHS)))
 
 
-def test_a_row_longer_than_the_limit_makes_a_micro_batch_of_its_own() -> None:
-    shares = share_out([row_of(50), row_of(3), row_of(4)], 10)
-    assert [[row.length for row in micro] for micro in shares[0] if len(micro)] == [[50], [4, 3]]
+@pytest.mark.parametrize("limit", [12, 20, 40])
+def test_no_micro_batch_has_more_tokens_than_the_limit_but_for_a_single_row(limit: int) -> None:
+    for rows in (rows for way in share_out(make_rows(), limit, 2) for rows in way):
+        assert size(rows) <= limit or len(rows) == 1
 
 
-def test_no_rows_make_no_micro_batches() -> None:
-    assert share_out([], 10, 2) == [[], []]
+def test_micro_batches_have_about_equal_numbers_of_tokens() -> None:
+    sizes = [size(rows) for way in share_out(long_tail(), 400, 2) for rows in way]
+    assert len(sizes) > 4
+    assert max(sizes) - min(sizes) < 0.1 * max(sizes)
 
 
-@pytest.mark.parametrize("samples", [1, 3], ids=["one response a row", "shared prompts"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_packed_attention_is_that_of_each_row_alone(tools: Any, kv_heads: int, samples: int) -> None:
-    micro = pack([*rows(tools, samples=samples, groups=5), row_of(30)])
-    draw = torch.Generator().manual_seed(1)
-    shapes = [(1, heads, micro.size, 8) for heads in (4, kv_heads, kv_heads)]
-    packed = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
-    plain = [each.detach().clone().requires_grad_() for each in packed]
-    module = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, hidden_size=8, num_hidden_layers=1)).model.layers[0].self_attn
-    answer, _ = packed_attention(module, *packed, None, scaling=0.3, line=Line(micro.blocks, ALONE))
-    parts = micro.parts
-    same = torch.zeros(micro.size, micro.size, dtype=torch.bool)
-    for start, stop in zip(micro.starts, micro.starts[1:], strict=False):
-        same[start:stop, start:stop] = True
-    seen = same & ((parts[:, None] == parts[None]) | (parts[None] == 0)) & torch.ones_like(same).tril()
-    query, key, value = plain
-    wide = [each.repeat_interleave(4 // kv_heads, dim=1) for each in (key, value)]
-    expected = scaled_dot_product_attention(query, *wide, seen, scale=0.3).transpose(1, 2)
-    torch.testing.assert_close(answer, expected)
-    upstream = torch.randn(answer.shape, generator=draw, dtype=torch.float64)
-    answer.backward(upstream)
-    expected.backward(upstream)
-    for own, other in zip(packed, plain, strict=True):
-        torch.testing.assert_close(own.grad, other.grad)
+def test_tokens_that_fit_are_not_spread_over_more_micro_batches_than_they_fill() -> None:
+    rows = long_tail()
+    shares = share_out(rows, 400)
+    assert len(shares[0]) <= -(-size(rows) // 400) + 1
+
+
+def test_sharing_out_depends_on_the_rows_alone() -> None:
+    assert names(share_out(long_tail(), 300, 3)) == names(share_out(long_tail(), 300, 3))
+
+
+def test_of_no_rows_each_way_gets_no_micro_batch() -> None:
+    assert share_out([], 100, 3) == [[], [], []]
+
+
+# --- the line -------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_has_the_tokens_of_its_rows_longest_first_and_no_others() -> None:
+    rows = make_rows()
+    micro = pack(rows)
+    longest_first = sorted(rows, key=lambda row: -row.length)
+    expected = [np.concatenate([row.prompt, *(s.tokens for s in row.responses)]) for row in longest_first]
+    assert micro.inputs.tolist() == np.concatenate(expected).tolist()
+    assert np.diff(micro.starts).tolist() == [len(each) for each in expected]
+
+
+def test_what_belongs_to_each_response_token_stands_in_the_order_of_the_targets() -> None:
+    rows = make_rows()
+    micro = pack(rows)
+    responses = [s for row in sorted(rows, key=lambda row: -row.length) for s in row.responses]
+    assert micro.targets.tolist() == np.concatenate([s.tokens for s in responses]).tolist()
+    assert micro.lengths.tolist() == [len(s.tokens) for s in responses]
+    assert micro.tokens == sum(len(s.tokens) for s in responses)
+    torch.testing.assert_close(micro.engine_logprobs, torch.from_numpy(np.concatenate([s.logprobs for s in responses])))
+    for found, name in ((micro.advantages, "advantage"), (micro.temperatures, "temperature")):
+        assert found.tolist() == [getattr(s, name) for s in responses for _ in s.tokens]
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 7])
+@pytest.mark.parametrize("limit", [1, 12, 20, 1000])
+def test_each_response_token_is_predicted_by_what_comes_before_it_in_its_own_sequence(
+    limit: int, multiple: int
+) -> None:
+    rows = make_rows()
+    found = []
+    for members in share_out(rows, limit)[0]:
+        micro = pack(members, multiple)
+        visible = seen(micro)
+        for place, target in zip(micro.picks.tolist(), micro.targets.tolist(), strict=True):
+            context = visible[place]
+            assert micro.positions[context].tolist() == list(range(len(context)))  # once each, where it belongs
+            found.append([*micro.inputs[context].tolist(), target])
+    sequences = [[*row.prompt.tolist(), *s.tokens.tolist()] for row in rows for s in row.responses]
+    prompts = [len(s.prompt) for row in rows for s in row.responses]
+    expected = [s[: at + 1] for s, p in zip(sequences, prompts, strict=True) for at in range(p, len(s))]
+    assert sorted(found) == sorted(expected)
+
+
+def test_padding_to_a_multiple_is_a_row_of_its_own_and_never_reaches_the_arrays() -> None:
+    rows = make_rows()
+    plain, padded = pack(rows), pack(rows, 8, at_least=size(rows) + 9)
+    assert padded.size % 8 == 0
+    assert padded.size >= plain.size + 9
+    assert padded.starts == (*plain.starts, padded.size)
+    for name in ("picks", "targets", "lengths", "advantages", "engine_logprobs", "temperatures"):
+        assert torch.equal(getattr(padded, name), getattr(plain, name))
+    assert seen(padded)[: plain.size] == seen(plain)
+    assert all(min(places) >= plain.size for places in seen(padded)[plain.size :])
+
+
+def test_a_line_of_no_rows_is_padding_that_can_be_computed() -> None:
+    micro = pack([], 4)
+    assert (micro.size, micro.tokens, len(micro.lengths)) == (4, 0, 0)
+    assert seen(micro) == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_positions_go_on_from_an_image_in_time_height_and_width() -> None:
+    (row,) = make_rows([(8, (2, 1))])
+    # the tokens 2 to 6 of the prompt are an image of 4 x 4 patches, four of which make a token
+    pixels = Pixels(torch.ones(16, 3), torch.tensor([[1, 4, 4]]), ((2, 6),))
+    plain = make_rows([(3, (4,))])
+    micro = pack([*plain, Row(row.responses, pixels)], merge=2)
+    time, height, width = micro.positions.tolist()
+    assert time[:11] == [0, 1, 2, 2, 2, 2, 4, 5, 6, 7, 6]
+    assert height[:11] == [0, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6]
+    assert width[:11] == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7, 6]
+    assert time[11:] == height[11:] == width[11:] == list(range(7))
+    assert micro.pixels is not None and micro.pixels.shape == (16, 3)
+    assert micro.grids is not None and micro.grids.tolist() == [[1, 4, 4]]
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_the_blocks_are_those_of_the_places_in_order() -> None:
+    micro = pack(make_rows(), 4)
+    assert [places[-1] for places in seen(micro)] == list(range(micro.size))
+    spans = [block.queries for block in micro.blocks]
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    assert spans[-1][1] == micro.size
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_part_of_the_line_sees_what_it_would_see_in_the_whole(parts: int) -> None:
+    micro = pack(make_rows(), parts)
+    here = micro.size // parts
+    together = []
+    for index in range(parts):
+        own = seen(micro, index * here, (index + 1) * here)
+        assert len(own) == here
+        together += own
+    assert together == seen(micro)
+
+
+def test_rows_of_about_one_length_are_computed_together_and_others_are_not() -> None:
+    micro = pack(make_rows([(1, (length - 1,)) for length in (20, 20, 18, 16, 9, 9, 3)]))
+    assert [(block.rows, block.length) for block in micro.blocks] == [(4, 20), (2, 9), (1, 3)]
+    assert [block.valid is None for block in micro.blocks] == [False, True, True]
+
+
+def test_rows_of_one_response_need_no_mask_and_those_of_several_do() -> None:
+    micro = pack(make_rows([(5, (15,)), (4, (4,)), (1, (1, 1))]))
+    assert [block.mask is None for block in micro.blocks] == [True, True, False]
+
+
+def test_padding_longer_than_a_row_does_not_stretch_the_row() -> None:
+    micro = pack(make_rows([(2, (3,))]), at_least=100)
+    assert [(block.rows, block.length) for block in micro.blocks] == [(1, 5), (1, 95)]
