@@ -24,6 +24,7 @@ import torch
 from benchmarks.machine import RESULTS, describe_machine, load_average, write_results
 from services.policy import trainer as trainer_module
 from services.policy.batch import Row, TrainSequence, rows_of, sequences_of
+from services.policy.layouts.compose import layout_of
 from services.policy.trainer import Trainer
 from shared.arrays import Frame, pack
 from shared.config import Recipe, live_values, load_recipe

@@ -50,6 +50,9 @@ def test_a_policy_of_four_ranks_trains_and_feeds_its_rollout(new_run: NewRun, re
     assert run.wait() == 0, run.story()
     run.assert_complete()
     assert_export_is_the_last_checkpoint(run)
+    for rank in (1, 2, 3):
+        log = (run.folder / "logs" / f"policy-0.{rank}.jsonl").read_text()
+        assert "model loaded" in log, "each rank has a log of its own"
 
 
 @pytest.mark.slow

@@ -48,32 +48,26 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tempfile, "tempdir", None)
 
 
-def test_two_ranks_share_every_step_and_end_with_the_run(new_run: NewRun, recipe: Path) -> None:
-    run = new_run().up(recipe, "policy.parallel.replicate=2", "checkpoint.every=10")
-    assert run.wait() == 0, run.story()
-    run.assert_complete()
-    assert run.facts("gone") and not losses(run)
-    assert logged(run, "policy-0.1", "model loaded"), "each rank has a log of its own"
-    assert left_behind() == []
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_in_mid_step_is_the_loss_of_all_and_costs_a_redo(
-    new_run: NewRun, recipe: Path, rank: int
-) -> None:
+def test_whichever_rank_is_killed_in_mid_step_all_are_lost_and_it_costs_a_redo(new_run: NewRun, recipe: Path) -> None:
     layout = ("policy.parallel.tp=2", "model.build.kv_heads=2")
-    run = new_run().up(recipe, *layout, "checkpoint.every=10", "train.batches=20")
-    run.wait_for_steps(3, "train")
-    both = [run.pid_of("policy-0"), member_of(run)]
-    run.signal(both[rank], signal.SIGKILL)
-    run.wait_for(lambda: not {pid for pid, _ in run.commands()} & set(both), "both ranks to be gone", LOST_AFTER_S)
+    run = new_run().up(recipe, *layout, "checkpoint.every=10", "train.batches=100")
+    run.wait_for_steps(1, "train")
+    for rank in (1, 0):
+        done = len(run.metrics())
+        run.wait_for(lambda done=done: len(run.metrics()) >= done + 3, "three more steps")
+        both = [run.pid_of("policy-0"), member_of(run)]
+        run.signal(both[rank], signal.SIGKILL)
+        run.wait_for(
+            lambda both=both: not {pid for pid, _ in run.commands()} & set(both), "both to be gone", LOST_AFTER_S
+        )
+        if rank == 1:
+            run.wait_for(lambda: losses(run), "the loss of the replica")
+            assert f"rank 1 (process {both[1]}) ended: killed by SIGKILL" in losses(run)[0]
+            assert logged(run, "policy-0", "this replica is over, with all its ranks")
     assert run.wait() == 0, run.story()
     run.assert_complete()
-    assert len(losses(run)) == 1
-    if rank == 1:
-        assert f"rank 1 (process {both[1]}) ended: killed by SIGKILL" in losses(run)[0]
-        assert logged(run, "policy-0", "this replica is over, with all its ranks")
-    assert {fact["incarnation"] for fact in run.facts("joined") if fact["replica"] == "policy-0"} == {1, 2}
+    assert len(losses(run)) == 2
+    assert {fact["incarnation"] for fact in run.facts("joined") if fact["replica"] == "policy-0"} == {1, 2, 3}
     assert left_behind() == []
 
 
