@@ -37,6 +37,8 @@ def look(recipe: Recipe, *, starting: bool = False) -> Findings:
         _try(found, f"data.{name}", partial(_dataset, recipe, name))
     if not starting or recipe.model.build is None:
         _try(found, "model", lambda: _model(recipe, hub=starting))
+    if recipe.policy.parallel.ranks > 1:
+        _try(found, "policy.parallel", lambda: _layout(recipe, hub=starting))
     _try(found, "rewards", lambda: _rewards(recipe))
     return found
 
@@ -54,7 +56,8 @@ def plan_lines(recipe: Recipe) -> Iterator[str]:
         if recipe.sft is not None and table is recipe.sft and recipe.sft.stop is not None:
             words.append(f"ends earlier at held-out accuracy {recipe.sft.stop.accuracy:g}")
         yield ", ".join(words)
-    yield f"processes: 1 controller, {recipe.policy.replicas} policy, {recipe.rollout.replicas} rollout"
+    ranks = f" of {recipe.policy.parallel.ranks} ranks" if recipe.policy.parallel.ranks > 1 else ""
+    yield f"processes: 1 controller, {recipe.policy.replicas} policy{ranks}, {recipe.rollout.replicas} rollout"
     if recipe.evaluation is not None:
         suites = ", ".join(f"{name} ({suite.problems} problems)" for name, suite in recipe.evaluation.suites.items())
         yield f"held-out accuracy every {recipe.evaluation.every} batches: {suites}"
@@ -111,6 +114,23 @@ def _rewards(recipe: Recipe) -> str:
     return f"rewards: {', '.join(f'{part.name} ({part.kind}) x {part.weight:g}' for part in recipe.rewards.parts)}"
 
 
+def _layout(recipe: Recipe, *, hub: bool) -> str:
+    from services.policy.layouts.fit import check_fit
+    from services.policy.layouts.grid import parallel_of
+    from shared.models.load import load_config
+
+    if not hub and _on_hub(recipe):
+        return "policy.parallel: not looked at without the model's configuration"
+    check_fit(load_config(recipe.model), parallel_of(recipe))
+    return f"policy.parallel: {recipe.policy.parallel.ranks} ranks"
+
+
+def _on_hub(recipe: Recipe) -> bool:
+    """Whether the model is to be downloaded."""
+    path = recipe.model.path
+    return path is not None and not Path(path).expanduser().exists() and not path.startswith((".", "/", "~"))
+
+
 def _model(recipe: Recipe, *, hub: bool) -> str:
     from transformers.utils.logging import set_verbosity_error
 
@@ -120,12 +140,7 @@ def _model(recipe: Recipe, *, hub: bool) -> str:
 
     set_verbosity_error()
     model = recipe.model
-    if (
-        not hub
-        and model.path is not None
-        and not Path(model.path).expanduser().exists()
-        and not model.path.startswith((".", "/", "~"))
-    ):
+    if not hub and _on_hub(recipe):
         return f"model {model.path}: a hub name, not looked for"
     config = load_config(model)
     check_weights(model)

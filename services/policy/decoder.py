@@ -18,7 +18,6 @@ from services.policy.layouts.collectives import cut_gather, gather_cut, gather_u
 from services.policy.layouts.grid import Grid
 from services.policy.logprobs import token_logprobs
 from services.policy.packing import MicroBatch
-from shared.models import ModelError
 from shared.weights.slices import part
 
 
@@ -33,8 +32,6 @@ class Decoder(nn.Module):
         self._context, self._tensor = grid.axis("cp"), grid.axis("tp")
         self._sequence = sequence
         config: Any = self.text.config
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise ModelError("expected layers that attend to all that came before, got sliding windows: not supported")
         config._attn_implementation = PACKED
         self._vocabulary = int(config.vocab_size)
         self._axes = 3 if text_model(model) is not model.model else 1  # of rotary positions

@@ -22,6 +22,7 @@ from services.policy.batch import Row
 from services.policy.decoder import Decoder, text_model
 from services.policy.layouts.data import local, shard
 from services.policy.layouts.expert import share_experts
+from services.policy.layouts.fit import architecture_of, check_fit
 from services.policy.layouts.grid import DATA, Grid
 from services.policy.layouts.pipeline import Loss, Pipeline, keep_stage
 from services.policy.layouts.tensor import share_embedding, share_layer
@@ -29,7 +30,7 @@ from services.policy.packing import MicroBatch, pack, share_out
 from shared.config import Recipe
 from shared.mesh import MeshError
 from shared.models import ModelError
-from shared.weights.slices import Architecture, Box, Parallel, Split, check_policy, held, is_vision, owner, split_of
+from shared.weights.slices import Box, Parallel, Split, held, is_vision, owner, split_of
 from shared.weights.staging import manifest_of
 
 SUM_BYTES = 32 << 20
@@ -45,8 +46,8 @@ class Layout:
         # dropout would make the trainer disagree with the engine about the same tokens
         self.model = model.eval()
         self.grid = grid = grid or Grid.alone()
-        self._architecture = architecture_of(model)
-        check(self._architecture, model, grid.parallel)
+        check_fit(model.config, grid.parallel)
+        self._architecture = architecture_of(model.config)
         self.manifest = manifest_of(model)
         self._specs = {spec.name: spec for spec in self.manifest}
         extra = self._specs.keys() - dict(model.named_parameters()).keys()
@@ -268,37 +269,6 @@ def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None) 
     """The layout that the recipe's [policy] asks for, of a model that is whole."""
     policy = recipe.policy
     return Layout(model, grid, sequence=policy.parallel.sequence, checkpointing=policy.gradient_checkpointing)
-
-
-def architecture_of(model: PreTrainedModel) -> Architecture:
-    """What slicing has to know of a model."""
-    config: Any = model.config.get_text_config()
-    experts = int(getattr(config, "num_experts", 0) or 0)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return Architecture(
-        layers=int(config.num_hidden_layers),
-        heads=int(config.num_attention_heads),
-        kv_heads=int(config.num_key_value_heads),
-        experts=experts,
-        tied=tied,
-    )
-
-
-def check(architecture: Architecture, model: PreTrainedModel, parallel: Parallel) -> None:
-    """ModelError for a layout that this model cannot have, with the reason."""
-    try:
-        check_policy(architecture, parallel)
-    except ValueError as error:
-        raise ModelError(f"[policy.parallel]: {error}") from error
-    if parallel.ep > 1 and not architecture.experts:
-        raise ModelError(f"policy.parallel.ep = {parallel.ep}: expected a model with experts; leave ep at 1")
-    bias = next(
-        (name for name, _ in model.named_parameters() if name.endswith(("o_proj.bias", "down_proj.bias"))), None
-    )
-    if parallel.tp > 1 and bias is not None and "visual" not in bias:
-        raise ModelError(
-            f"policy.parallel.tp = {parallel.tp}: the bias {bias} would be added by every rank; not supported"
-        )
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

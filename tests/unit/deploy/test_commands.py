@@ -153,6 +153,14 @@ def test_the_schema_is_json_and_a_table_with_every_key(orrery: Orrery) -> None:
     assert "max_staleness" in table and "trained version - sampled version" in table
 
 
+def test_a_layout_that_the_model_cannot_have_is_found_before_a_run(orrery: Orrery) -> None:
+    recipe = str(ROOT / "recipes" / "quickstart.toml")
+    shown = orrery("config", "check", recipe, "--set", "policy.parallel.tp=4")
+    assert shown.exit_code == 2 and "got tp = 4; choose a common divisor" in " ".join(shown.output.split())
+    shown = orrery("config", "check", recipe, "--set", "policy.parallel.tp=2")
+    assert shown.exit_code == 0 and "1 policy of 2 ranks" in shown.output
+
+
 def test_the_doctor_names_what_is_missing_and_how_to_get_it(orrery: Orrery, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = orrery("doctor")
     assert shown.exit_code == 0 and "runs can work here" in shown.output and "torch" in shown.output
