@@ -135,7 +135,8 @@ def share_out(rows: Sequence[Row], limit: int, ways: int = 1) -> list[list[list[
     timing anomalies", 1969). A single row longer than `limit` makes a micro-batch of its own; some may stay empty.
     """
     total = sum(row.length for row in rows)
-    count = max(1, -(-total // (limit * ways)))
+    # rows longer than the limit need fewer than their tokens would
+    count = min(-(-total // (limit * ways)), -(-len(rows) // ways))
     longest_first = sorted(rows, key=lambda row: -row.length)
     while rows:
         bins: list[list[Row]] = [[] for _ in range(count * ways)]
