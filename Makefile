@@ -117,7 +117,7 @@ bench-trl: $(STAMP) $(TRL_STAMP) ## samples a second and accuracy beside TRL's G
 bench-shared-prompt: $(STAMP) ## a training step with shared prompts beside one row a sample (benchmarks/results/)
 	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.shared_prompt $(ARGS)
 
-bench-packing: $(STAMP) ## gradients of packed micro-batches beside padded ones; memory of log-probs at a vocabulary of 150k
+bench-packing: $(STAMP) ## packed beside padded micro-batches; memory of log-probs and of checkpointing (benchmarks/results/)
 	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.packing $(ARGS)
 
 bench-engines: $(STAMP) env-vllm env-sglang ## samples a second of the three engines; updates in flight beside drain-and-wait

@@ -1,272 +1,385 @@
-"""Packed micro-batches beside padded ones, and log-probabilities with and without logits of the whole vocabulary.
+"""What packed micro-batches, log-probabilities by blocks of the vocabulary and gradient checkpointing bring.
 
-    python -m benchmarks.packing [--rounds 9]       or: make bench-packing
+`python -m benchmarks.packing`, or `make bench-packing`; one CPU thread. Writes `results/packing.{json,md}`.
 
-First: gradients of the same rows, whose lengths are long-tailed as those of reasoning traces are, by the policy's
-layout (packed) and by a plain loop over micro-batches that are padded to their longest row, as trainers without packing
-make them; the same limit of tokens, in turns, losses equal to 1e-6. Second: what forward and backward of
-log-probabilities at a vocabulary of 150,000 add to a process's peak memory, by blocks and from whole logits, in a
-process each. Third: the same of a training step with and without gradient checkpointing. Writes
-`results/packing.{json,md}`.
+- Tokens a second of a gradient computation over long-tailed lengths: rows packed in lines as the policy does, beside
+  the same rows padded: B rows by the longest of them, longest first, B x S within the same limit, the Hugging Face
+  model's own forward under a dense mask. In turns in one process; both compute the same loss, which is checked.
+- Peak memory of the log-probabilities of a large vocabulary, forward and backward, beside whole logits; and that of a
+  step with and without gradient checkpointing. Each in a process of its own; values and gradients are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.machine import RESULTS, ROOT, describe_machine, load_average, write_results
 from services.policy.batch import Row, TrainSequence
 from services.policy.layouts.compose import Layout
 from services.policy.logprobs import token_logprobs
+from services.policy.losses import sft_loss, token_weights
+from services.policy.optimizer import Optimizer
+from shared.config.schema import BuildTable, ModelTable, SftTable
+from shared.models import load_model
 
+PROMPT = 32
 VOCABULARY = 512
-LIMIT = 4096
-"""Tokens of a micro-batch."""
-ROWS = 64
-PROMPT = 16
-LONGEST = 1500
-WIDE = 150_000
-TOKENS, HIDDEN = 1024, 512
-SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-}  # fmt: skip
+"""Of the character tokenizer that built models have."""
+TABLE = SftTable(dataset="none", batches=1, batch_size=1, lr=1.0)
+LOSS_TOLERANCE = 1e-6
+"""Relative. Gradients may differ by a hundred times as much: they are sums in another order."""
 
 
-def make_model(**changes: Any) -> Qwen3ForCausalLM:
-    """A small model in float32 from a seed."""
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes}, attn_implementation="sdpa")).eval()
-
-
-def make_rows(count: int, seed: int = 1) -> list[Row]:
-    """Rows of one response each: lengths lognormal with a median of 120 tokens, at most LONGEST."""
+def make_rows(count: int, median: float, sigma: float, longest: int, seed: int) -> list[Row]:
+    """Prompts of one length with a response each, whose lengths are lognormal as those of reasoning traces are."""
     draw = np.random.default_rng(seed)
-    found = []
-    for group in range(count):
-        length = int(np.clip(draw.lognormal(np.log(120), 1.0), 8, LONGEST))
-        prompt, tokens = (draw.integers(0, VOCABULARY, size).astype(np.int32) for size in (PROMPT, length))
-        found.append(Row((TrainSequence(group, 1, 0, prompt, tokens, np.zeros(length, np.float32), 1.0, 1.0),)))
-    return found
+    lengths = np.clip(draw.lognormal(math.log(median), sigma, count), 1, longest - PROMPT).astype(int)
+    rows = []
+    for group, length in enumerate(lengths):
+        prompt, tokens = (draw.integers(0, VOCABULARY, size=n).astype(np.int32) for n in (PROMPT, int(length)))
+        sample = TrainSequence(group, 1, 0, prompt, tokens, np.zeros(int(length), np.float32), 1.0, 1.0)
+        rows.append(Row((sample,)))
+    return rows
 
 
-def packed(layout: Layout, rows: list[Row]) -> float:
-    """The mean negative log-likelihood; gradients are on the parameters."""
-    total = sum(len(row.responses[0].tokens) for row in rows)
-    micros = layout.micro_batches(rows, LIMIT)
-    losses = []
-
-    def loss(_index: int, found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        losses.append(-found[0].sum() / total)
-        return losses[-1]
-
-    layout.train(micros, loss, lambda: None)
-    return float(sum(loss.detach() for loss in losses))
+def make_model(hidden: int, layers: int, context: int) -> PreTrainedModel:
+    """A Qwen3 in float32 with random weights, the same ones each time."""
+    build = BuildTable(
+        hidden_size=hidden, intermediate_size=3 * hidden, layers=layers, heads=hidden // 32, kv_heads=hidden // 64,
+        context=context,
+    )  # fmt: skip
+    return load_model(ModelTable(build=build), 0, weights=True).eval()
 
 
-def padded(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
-    """The same with each row padded to the longest of its micro-batch, which are filled in the order of the rows."""
-    total = sum(len(row.responses[0].tokens) for row in rows)
-    found = 0.0
-    for batch in padded_batches(rows):
-        size = max(row.length for row in batch)
-        inputs = torch.zeros(len(batch), size, dtype=torch.int64)
-        mask, labels = torch.zeros_like(inputs), torch.full_like(inputs, -100)
-        for index, row in enumerate(batch):
-            sequence = np.concatenate([row.prompt, row.responses[0].tokens])
-            inputs[index, : row.length], mask[index, : row.length] = torch.from_numpy(sequence), 1
-            labels[index, PROMPT : row.length] = inputs[index, PROMPT : row.length]
-        logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / total
-        loss.backward()
-        found += float(loss)
-    return found
+# --- lengths: packed beside padded ------------------------------------------------------------------------------------
 
 
-def padded_batches(rows: list[Row]) -> list[list[Row]]:
-    """Micro-batches of which rows x longest stays within LIMIT."""
+class Packed:
+    """Gradients as the policy computes them."""
+
+    def __init__(self, model: PreTrainedModel, *, checkpointing: bool = False) -> None:
+        self.layout = Layout(model, checkpointing=checkpointing)
+        self.optimizer = Optimizer(self.layout.parameters().items(), TABLE)
+
+    def gradients(self, rows: Sequence[Row], limit: int) -> tuple[float, int]:
+        """The mean loss of a token, and the tokens that the model computed; gradients are in hand afterwards."""
+        self.optimizer.clear()
+        tokens = sum(len(s.tokens) for row in rows for s in row.responses)
+        micros = self.layout.micro_batches(rows, limit)
+        total = 0.0
+
+        def loss(index: int, found: tuple[Tensor, Tensor]) -> Tensor:
+            nonlocal total
+            weights = token_weights(micros[index].lengths, "token_mean", tokens=tokens, sequences=len(rows))
+            result = sft_loss(*found, weights, tokens=tokens)
+            total += float(result.loss.detach())
+            return result.loss
+
+        self.layout.train(micros, loss, self.optimizer.collect)
+        return total, sum(micro.size for micro in micros)
+
+    def norm(self) -> float:
+        """Of the gradients in hand."""
+        return float(self.layout.norm(self.optimizer.gradients()))
+
+
+class Padded:
+    """The same by padded micro-batches and the model's own forward, log_softmax and backward."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def gradients(self, rows: Sequence[Row], limit: int) -> tuple[float, int]:
+        """As those of `Packed`; the tokens are those with padding."""
+        self.model.zero_grad()
+        tokens = sum(len(s.tokens) for row in rows for s in row.responses)
+        total, computed = 0.0, 0
+        for members in _padded(rows, limit):
+            size = members[0].length
+            inputs = torch.zeros(len(members), size, dtype=torch.int64)
+            seen, scored = torch.zeros_like(inputs), torch.zeros_like(inputs, dtype=torch.bool)
+            for index, row in enumerate(members):
+                line = np.concatenate([row.prompt, row.responses[0].tokens])
+                inputs[index, : len(line)] = torch.from_numpy(line)
+                seen[index, : len(line)] = 1
+                scored[index, len(row.prompt) : len(line)] = True
+            hidden = self.model.model(input_ids=inputs, attention_mask=seen, use_cache=False).last_hidden_state
+            # a place says what comes after it; logits of the responses alone, as the policy's are
+            logits = self.model.lm_head(hidden[:, :-1][scored[:, 1:]])
+            logprobs = torch.log_softmax(logits, -1)
+            loss = -logprobs.gather(-1, inputs[scored][:, None]).sum() / tokens
+            loss.backward()
+            total += float(loss.detach())
+            computed += inputs.numel()
+        return total, computed
+
+    def norm(self) -> float:
+        """Of the gradients on the parameters."""
+        norms = [torch.linalg.vector_norm(p.grad) for p in self.model.parameters() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _padded(rows: Sequence[Row], limit: int) -> list[list[Row]]:
+    """Rows longest first, as many in a micro-batch as keep B x S within the limit, but one at least."""
     batches: list[list[Row]] = []
-    for row in rows:
-        longest = max([row.length, *(other.length for other in batches[-1])]) if batches else 0
-        if not batches or longest * (len(batches[-1]) + 1) > LIMIT:
-            batches.append([])
-        batches[-1].append(row)
+    for row in sorted(rows, key=lambda row: -row.length):
+        if batches and batches[-1][0].length * (len(batches[-1]) + 1) <= limit:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
     return batches
 
 
-def compare_packing(rounds: int) -> dict[str, Any]:
-    """Tokens a second of the three ways in turns; the losses agree."""
-    torch.set_num_threads(1)
-    model, other = make_model(), make_model()
-    layout = Layout(model)
-    rows = make_rows(ROWS)
-    in_order, longest_first = rows, sorted(rows, key=lambda row: -row.length)
-    ways: dict[str, Callable[[], float]] = {
-        "packed": lambda: packed(layout, rows),
-        "padded, in the order they come": lambda: padded(other, in_order),
-        "padded, longest first": lambda: padded(other, longest_first),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    losses: dict[str, float] = {}
-    for attempt in range(rounds + 1):
+def measure_lengths(given: argparse.Namespace) -> dict[str, Any]:
+    """Both ways in turns on the same rows."""
+    rows = make_rows(given.rows, given.median, given.sigma, given.longest, given.seed)
+    model, other = (make_model(given.hidden, given.layers, given.longest) for _ in range(2))
+    ways: dict[str, Packed | Padded] = {"packed": Packed(model), "padded": Padded(other)}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, dict[str, Any]] = {}
+    for attempt in range(given.rounds + 1):
         for name, way in ways.items():
-            model.zero_grad()
-            other.zero_grad()
-            started = time.perf_counter()
-            losses[name] = way()
+            started, used = time.perf_counter(), time.process_time()
+            loss, computed = way.gradients(rows, given.limit)
+            took, used = time.perf_counter() - started, time.process_time() - used
             if attempt:  # the first of each warms up
-                seconds[name].append(time.perf_counter() - started)
-    apart = max(abs(loss - losses["packed"]) / losses["packed"] for loss in losses.values())
-    assert apart <= 1e-6, losses
-    tokens = sum(row.length for row in rows)
-    computed = {
-        "packed": tokens,
-        "padded, in the order they come": _computed(in_order),
-        "padded, longest first": _computed(longest_first),
-    }
-    result: dict[str, Any] = {"rows": ROWS, "tokens": tokens, "limit": LIMIT, "losses_apart": apart, "ways": {}}
-    for name, took in seconds.items():
-        ratios = [theirs / ours for ours, theirs in zip(seconds["packed"], took, strict=True)]
-        result["ways"][name] = {
-            "tokens_per_s": round(tokens / statistics.median(took)),
-            "computed": computed[name],
-            "ratio": round(statistics.median(ratios), 2),
-            "quarters": [round(ratio, 2) for ratio in statistics.quantiles(ratios, n=4)],
-        }
-    return result
-
-
-def _computed(rows: list[Row]) -> int:
-    return sum(len(batch) * max(row.length for row in batch) for batch in padded_batches(rows))
-
-
-# --- memory: each in a process of its own -----------------------------------------------------------------------------
-
-
-def logprobs_memory(how: str) -> dict[str, float]:
-    """Forward and backward of the log-probabilities of TOKENS tokens; what they add to the peak, and what came out."""
-    torch.set_num_threads(1)
-    draw = torch.Generator().manual_seed(1)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=draw).requires_grad_()
-    weight = (torch.randn(WIDE, HIDDEN, generator=draw) * 0.05).requires_grad_()
-    targets = torch.randint(WIDE, (TOKENS,), generator=draw)
-    before, started = _memory_mb(reset=True), time.perf_counter()
-    if how == "blocks":
-        logprobs, entropy = token_logprobs(hidden, weight, targets)
-    else:
-        whole = torch.log_softmax(hidden @ weight.T, -1)
-        logprobs = whole.gather(-1, targets[:, None]).squeeze(-1)
-        entropy = -(whole.detach().exp() * whole.detach()).sum(-1)
-    (-logprobs.mean()).backward()
-    seconds = time.perf_counter() - started
-    assert hidden.grad is not None and weight.grad is not None
+                wall[name].append(took)
+                cpu[name].append(used)
+            else:
+                found[name] = {"loss": loss, "grad_norm": way.norm(), "computed_tokens": computed}
+    expect_equal("loss", found["packed"]["loss"], found["padded"]["loss"], LOSS_TOLERANCE)
+    expect_equal("norm", found["packed"]["grad_norm"], found["padded"]["grad_norm"], 100 * LOSS_TOLERANCE)
+    lengths = [row.length for row in rows]
+    tokens = sum(lengths)
+    for name in ways:
+        seconds = statistics.median(wall[name])
+        found[name] |= {"seconds": round(seconds, 3), "cpu_seconds": round(statistics.median(cpu[name]), 3)}
+        found[name]["tokens_per_second"] = round(tokens / seconds)
     return {
-        "mb": _memory_mb() - before, "seconds": seconds,
-        "loss": float(-logprobs.mean()), "entropy": float(entropy.mean()),
-        "hidden": float(hidden.grad.norm()), "weight": float(weight.grad.norm()),
+        "rows": given.rows, "tokens": tokens, "limit": given.limit, "hidden": given.hidden, "layers": given.layers,
+        "rounds": given.rounds, "lognormal": [given.median, given.sigma, given.longest],
+        "lengths": [int(q) for q in np.quantile(lengths, [0.1, 0.5, 0.9, 1.0])],
+        **{f"{clock}ratio": ratios(times) for clock, times in (("", wall), ("cpu_", cpu))},
+        **found,
     }  # fmt: skip
 
 
-def step_memory(how: str) -> dict[str, float]:
-    """A gradient computation of a deeper model over a long line, with or without gradient checkpointing."""
-    torch.set_num_threads(1)
-    layout = Layout(make_model(num_hidden_layers=12), checkpointing=how == "checkpointing")
-    rows = make_rows(12, seed=2)
-    before, started = _memory_mb(reset=True), time.perf_counter()
-    loss = packed(layout, rows)
-    return {"mb": _memory_mb() - before, "seconds": time.perf_counter() - started, "loss": loss}
+def ratios(times: dict[str, list[float]]) -> dict[str, float]:
+    """How many times as long the padded way took, round by round: median and middle half."""
+    each = [padded / packed for packed, padded in zip(times["packed"], times["padded"], strict=True)]
+    low, middle, high = statistics.quantiles(each, n=4)
+    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
-def _memory_mb(*, reset: bool = False) -> float:
-    """The most memory that this process had since the last reset; with one, what it has now (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): forget the peak
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024
+def expect_equal(what: str, one: float, other: float, tolerance: float) -> None:
+    """AssertionError where two numbers are farther apart than `tolerance`, relatively."""
+    if abs(one - other) > tolerance * abs(other):
+        raise AssertionError(f"{what}: expected both ways to give the same to {tolerance}, got {one} and {other}")
 
 
-def apart(what: str, how: str) -> dict[str, float]:
-    """One of the above in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.packing", "--measure", what, how]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+# --- memory: a process for each way -----------------------------------------------------------------------------------
 
 
-def compare_memory() -> dict[str, Any]:
-    """Both comparisons; what came out is the same."""
-    found = {
-        what: {how: apart(what, how) for how in hows}
-        for what, hows in (("logprobs", ("blocks", "whole")), ("step", ("checkpointing", "plain")))
-    }
-    for one, other in (found["logprobs"].values(), found["step"].values()):
-        for name in one.keys() - {"mb", "seconds"}:
-            assert abs(one[name] - other[name]) <= 1e-4 * abs(other[name]), (name, one, other)
+def resident(field: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at most.
+
+    Not `ru_maxrss`, which a process inherits from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"expected {field} in /proc/self/status; this benchmark wants Linux")
+
+
+def watched(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What `work` gives, by how many bytes it raised this process's memory at its peak, and its CPU seconds."""
+    before, used = resident("VmRSS"), time.process_time()
+    found = work()
+    return found, {"bytes": resident("VmHWM") - before, "cpu_seconds": round(time.process_time() - used, 3)}
+
+
+def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies as one writes them down."""
+    logprobs = torch.log_softmax(hidden @ weight.T, -1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def run_logprobs(way: str, given: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Forward and backward of one way to log-probabilities."""
+    score = token_logprobs if way == "blocks" else whole_logits
+    few = torch.zeros(2, 2, requires_grad=True)
+    score(few, few, torch.zeros(2, dtype=torch.int64))[0].sum().backward()  # what torch loads once
+    torch.manual_seed(0)
+    hidden = torch.empty(given.tokens, given.width).normal_().requires_grad_()
+    weight = torch.empty(given.vocabulary, given.width).normal_(std=given.width**-0.5).requires_grad_()
+    targets = torch.randint(given.vocabulary, (given.tokens,))
+
+    def work() -> tuple[Tensor, Tensor]:
+        logprobs, entropy = score(hidden, weight, targets)
+        logprobs.mean().backward()
+        return logprobs.detach(), entropy
+
+    (logprobs, entropy), cost = watched(work)
+    assert hidden.grad is not None and weight.grad is not None
+    return {"logprobs": logprobs, "entropy": entropy, "hidden": hidden.grad, "weight": weight.grad}, cost
+
+
+def run_checkpointing(way: str, given: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients of long rows, keeping what layers computed or computing it again."""
+    rows = make_rows(given.long_rows, given.longest_row, 0.0, given.longest_row, given.seed)
+    model = make_model(given.hidden, given.deep, given.longest_row)
+    packed = Packed(model, checkpointing=way == "checkpointed")
+    packed.gradients(make_rows(1, 8, 0.0, given.longest_row, given.seed), given.longest_row)  # what torch loads once
+    packed.optimizer.clear()
+    (loss, _), cost = watched(lambda: packed.gradients(rows, given.long_rows * given.longest_row))
+    return {"loss": torch.tensor(loss), **packed.optimizer.gradients()}, cost
+
+
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""Has glibc give large tensors back to the system when they go; its heap of many sizes keeps gaps otherwise."""
+WAYS = {"logprobs": ("blocks", "logits"), "checkpointing": ("checkpointed", "kept")}
+RUNS = {"logprobs": run_logprobs, "checkpointing": run_checkpointing}
+
+
+def measure_memory(part: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Both ways of a part, each in a process of its own; their results are equal."""
+    costs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS[part]}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(given.memory_rounds):
+            for way in WAYS[part]:
+                command = [sys.executable, "-m", "benchmarks.packing", *sys.argv[1:], "--child", part, way, folder]
+                plain, mapped = (_child(command, setting) for setting in ({}, MAPPED))
+                costs[way].append({**plain, "mapped_bytes": mapped["bytes"]})
+        one, other = (torch.load(Path(folder) / way, weights_only=True) for way in WAYS[part])
+    apart = 0.0
+    for name in other:
+        scale = float(other[name].abs().max()) or 1.0
+        apart = max(apart, float((one[name] - other[name]).abs().max()) / scale)
+    expect_equal(part, 1.0 + apart, 1.0, 100 * LOSS_TOLERANCE)
+    medians = {way: {k: statistics.median(c[k] for c in each) for k in each[0]} for way, each in costs.items()}
+    new, old = (medians[way] for way in WAYS[part])
+    ratio = {name: round(new[name] / old[name], 3) for name in new}
+    return {**medians, "share": ratio, "largest_difference": apart, "rounds": given.memory_rounds}
+
+
+def _child(command: list[str], setting: dict[str, str]) -> dict[str, float]:
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **setting}, check=True, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
 def as_markdown(result: dict[str, Any]) -> str:
-    """The tables, with what was compared."""
-    speed, memory = result["packing"], result["memory"]
+    """Three short tables, with what was compared."""
+    mix, logprobs, kept = result["lengths"], result["logprobs"], result["checkpointing"]
+    ten, middle, ninety, longest = mix["lengths"]
+    ratio, cpu, given = mix["ratio"], mix["cpu_ratio"], result["given"]
     lines = [
-        f"Machine: {result['machine']}. Load average when it ended: {result['load_average']}. One thread.",
+        f"Machine: {result['machine']}. Load average when it ended: {result['load_average']}. One thread, float32.",
         "",
-        f"{speed['rows']} rows of {PROMPT} prompt tokens and lognormal responses (median 120, at most {LONGEST}), "
-        f"{speed['tokens']} tokens in all, micro-batches of at most {speed['limit']}; a Qwen3 of 4 layers, 256 wide; "
-        f"{result['rounds']} rounds in turns. Losses differ by at most {speed['losses_apart']:.0e}.",
+        f"Gradients of {mix['rows']} rows of long-tailed lengths (lognormal; 10 % are below {ten} tokens, half below "
+        f"{middle}, 90 % below {ninety}, the longest has {longest}), {mix['tokens']} tokens, a Qwen3 of "
+        f"{mix['layers']} layers x {mix['hidden']}, micro-batches of at most {mix['limit']} tokens; medians of "
+        f"{mix['rounds']} rounds in turns. Both give the same loss.",
         "",
-        "| | tokens/s | tokens computed | packed is faster by |",
-        "|---|---|---|---|",
+        "| micro-batches | tokens/s | s | CPU s | tokens computed | loss |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, way in speed["ways"].items():
-        low, _, high = way["quarters"]
-        faster = "" if name == "packed" else f"**{way['ratio']:.2f}** (middle half {low:.2f} to {high:.2f})"
-        lines.append(f"| {name} | {way['tokens_per_s']} | {way['computed']} | {faster} |")
+    for name in ("packed", "padded"):
+        way = mix[name]
+        lines.append(
+            f"| {name} | {way['tokens_per_second']} | {way['seconds']} | {way['cpu_seconds']} | "
+            f"{way['computed_tokens']} | {way['loss']:.7f} |"
+        )
     lines += [
         "",
-        f"Peak memory that forward and backward add, a process each: log-probabilities of {TOKENS} tokens, {HIDDEN} "
-        f"wide, vocabulary {WIDE}; a gradient computation of 12 layers.",
+        f"Ratio: **{ratio['median']:.2f}** (middle half: {ratio['low']:.2f} to {ratio['high']:.2f}); of CPU time "
+        f"{cpu['median']:.2f} ({cpu['low']:.2f} to {cpu['high']:.2f}).",
         "",
-        "| | MB | s |",
-        "|---|---|---|",
+        "Memory at the peak above that before, each way in a process of its own: as it is, and with large tensors "
+        "given back to the system at once (`MALLOC_MMAP_THRESHOLD_`), which is what the tensors take; and CPU time:",
+        "",
+        "| | MB | MB of tensors | CPU s |",
+        "|---|---|---|---|",
     ]
-    names = {
-        ("logprobs", "blocks"): "log-probabilities by blocks of the vocabulary",
-        ("logprobs", "whole"): "from whole logits",
-        ("step", "checkpointing"): "a step with gradient checkpointing",
-        ("step", "plain"): "without",
-    }
-    for (what, how), name in names.items():
-        lines.append(f"| {name} | {memory[what][how]['mb']:.0f} | {memory[what][how]['seconds']:.1f} |")
+    what = f"{given['tokens']} log-probs of {given['vocabulary']}, hidden {given['width']}"
+    deep = f"{given['deep']} layers, {given['long_rows']} x {given['longest_row']} tokens"
+    for title, cost in (
+        (f"{what}: by blocks", logprobs["blocks"]),
+        (f"{what}: whole logits", logprobs["logits"]),
+        (f"{deep}: with checkpointing", kept["checkpointed"]),
+        (f"{deep}: without", kept["kept"]),
+    ):
+        lines.append(
+            f"| {title} | {cost['bytes'] / 1e6:.0f} | {cost['mapped_bytes'] / 1e6:.0f} | {cost['cpu_seconds']:.2f} |"
+        )
+    blocks, again = logprobs["share"], kept["share"]
+    lines += [
+        "",
+        f"Log-probs by blocks take **{blocks['bytes']:.0%}** of the memory ({blocks['mapped_bytes']:.0%} of that of "
+        f"tensors) and {blocks['cpu_seconds']:.0%} of the time; checkpointing **{again['bytes']:.0%}** "
+        f"({again['mapped_bytes']:.0%}) and {again['cpu_seconds']:.0%}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, write; or, as a child, one way of one part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--median", type=float, default=150.0, help="tokens of the middle response")
+    parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of a response's length")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens of a row at most")
+    parser.add_argument("--limit", type=int, default=16384, help="tokens of a micro-batch, the recipes' default")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=150_000)
+    parser.add_argument("--deep", type=int, default=12, help="layers of the model with checkpointing")
+    parser.add_argument("--long-rows", type=int, default=2)
+    parser.add_argument("--longest-row", type=int, default=4096)
+    parser.add_argument("--child", nargs=3, metavar=("PART", "WAY", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.measure is not None:
-        what, how = given.measure
-        print(json.dumps((logprobs_memory if what == "logprobs" else step_memory)(how)))
+    torch.set_num_threads(1)
+    if given.child:
+        part, way, folder = given.child
+        found, cost = RUNS[part](way, given)
+        torch.save(found, Path(folder) / way)
+        print(json.dumps(cost))
         return
+    settings = {name: value for name, value in vars(given).items() if name != "child"}
     result = {
         "machine": describe_machine(),
-        "rounds": given.rounds,
-        "packing": compare_packing(given.rounds),
-        "memory": compare_memory(),
+        "given": settings,
+        "lengths": measure_lengths(given),
+        **{part: measure_memory(part, given) for part in WAYS},
         "load_average": load_average(),
     }
     write_results(RESULTS, "packing", result, as_markdown(result))

@@ -99,6 +99,12 @@ def test_tokens_that_fit_are_not_spread_over_more_micro_batches_than_they_fill()
     assert len(shares[0]) <= -(-size(rows) // 400) + 1
 
 
+@pytest.mark.parametrize("ways", [1, 2, 3])
+def test_rows_longer_than_the_limit_are_spread_over_no_more_micro_batches_than_there_are_rows(ways: int) -> None:
+    shares = share_out(make_rows(), 1, ways)
+    assert len(shares[0]) == -(-len(LENGTHS) // ways)
+
+
 def test_sharing_out_depends_on_the_rows_alone() -> None:
     assert names(share_out(long_tail(), 300, 3)) == names(share_out(long_tail(), 300, 3))
 
