@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.shared_prompt import make_step, no_mesh, one_way, separate_rows, timed, tokens_of
 from services.policy.batch import rows_of, sequences_of
+from services.policy.layouts.compose import layout_of
 from services.policy.trainer import Trainer
 from shared.config import Recipe, load_recipe
 from shared.messages import Position
@@ -40,5 +41,9 @@ def test_both_ways_have_one_gradient(recipe: Recipe) -> None:
     for shared in (True, False):
         model = load_model(recipe.model, recipe.run.seed, weights=True)
         with one_way(shared):
-            norms.append(timed(Trainer(model, recipe, Position(0, 0, 0), no_mesh), step, frames)[1]["grad_norm"])
+            norms.append(
+                timed(Trainer(layout_of(model, recipe), recipe, Position(0, 0, 0), no_mesh), step, frames)[1][
+                    "grad_norm"
+                ]
+            )
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
