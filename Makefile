@@ -75,9 +75,12 @@ test-integration: $(STAMP) ## tests with real service processes
 	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow and not engines" tests/integration $(ARGS)
 
 test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held to the same contract (ENGINES="vllm" ARGS="-k update")
-	@for engine in $(ENGINES); do echo "$$engine"; $(BUDGETED) $(ENGINE_BUDGET) \
-		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$$engine'))") -m pytest -q -p no:cacheprovider tests/engines --engine $$engine $(ARGS) || exit 1; done
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(addprefix test-engine-,$(ENGINES))
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m engines tests/integration
+
+test-engine-%:
+	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \
+		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$*'))") -m pytest -q -p no:cacheprovider tests/engines --engine $* $(ARGS)
 
 gpu-check: ## what only a GPU can show: narrow formats and layouts of vLLM and SGLang (wants nvidia-smi)
 	@test -n "$(HAS_GPU)" || { echo "expected a GPU, found no nvidia-smi: nothing was checked"; exit 1; }
