@@ -1,35 +1,23 @@
-"""Sums over the members of a gradient mesh, and over the ranks of a replica. Called by the trainer.
+"""Sums over the members of a gradient mesh. Called by the trainer when a step has several members.
 
-Invariant: denominators are global, so the sum over all is the gradient of the whole minibatch; nobody divides.
+Invariant: denominators are global, so the sum over members is the gradient of the whole minibatch; no member divides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from shared.mesh import Mesh
 
 CARRIER = torch.device("cpu")
 """Where meshes take their tensors from."""
 
 
-class Summing(Protocol):
-    """Processes that can sum: a mesh, or the ranks of a replica. `rank` is this one's number below `size`."""
-
-    rank: int
-
-    @property
-    def size(self) -> int:
-        """How many they are."""
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its sum over all."""
-
-
-def reduce_gradients(gradients: Sequence[Tensor], mesh: Summing, bucket_bytes: int) -> None:
-    """Replace each gradient by its sum over all members, in flat buckets of about `bucket_bytes`; errors are `mesh`'s.
+def reduce_gradients(gradients: Sequence[Tensor], mesh: Mesh, bucket_bytes: int) -> None:
+    """Replace each gradient by its sum over all members, in flat buckets of about `bucket_bytes`; may raise MeshError.
 
     All members pass gradients of equal shapes and dtypes in equal order, so they cut the same buckets.
     """
@@ -45,7 +33,7 @@ def reduce_gradients(gradients: Sequence[Tensor], mesh: Summing, bucket_bytes: i
         _reduce_bucket(bucket, mesh)
 
 
-def _reduce_bucket(bucket: Sequence[Tensor], mesh: Summing) -> None:
+def _reduce_bucket(bucket: Sequence[Tensor], mesh: Mesh) -> None:
     flat = torch.cat([g.reshape(-1) for g in bucket]).to(CARRIER)
     mesh.all_reduce(flat)
     for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
@@ -53,7 +41,7 @@ def _reduce_bucket(bucket: Sequence[Tensor], mesh: Summing) -> None:
 
 
 def reduce_metrics(
-    sums: dict[str, float], maxima: dict[str, float], mesh: Summing
+    sums: dict[str, float], maxima: dict[str, float], mesh: Mesh
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The sums added up over members, and the largest of the maxima; all members hold the same names."""
     names, peaks = sorted(sums), sorted(maxima)
