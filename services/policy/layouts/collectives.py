@@ -6,7 +6,7 @@ are from Korthikanti et al., arXiv 2205.05198. All of them return their argument
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.policy.layouts.grid import Axis
+
+Collective = Callable[[Tensor, Axis, int], Tensor]
 
 
 def keep_sum(value: Tensor, axis: Axis) -> Tensor:
@@ -28,22 +30,22 @@ def sum_keep(value: Tensor, axis: Axis) -> Tensor:
 
 def gather_scatter(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """All ranks' parts joined along `dim`, for use in part by each: gradients are summed and cut again."""
-    return value if axis.group is None else _GatherScatter.apply(value, axis, dim)
+    return value if axis.group is None else _Along.apply(value, axis, dim, _gather, _scatter)
 
 
 def scatter_gather(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum."""
-    return value if axis.group is None else _ScatterGather.apply(value, axis, dim)
+    return value if axis.group is None else _Along.apply(value, axis, dim, _scatter, _gather)
 
 
 def gather_cut(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """All ranks' parts joined along `dim`, for use alike by each: a gradient is complete, its own part counts."""
-    return value if axis.group is None else _GatherCut.apply(value, axis, dim)
+    return value if axis.group is None else _Along.apply(value, axis, dim, _gather, _cut)
 
 
 def cut_gather(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of what every rank has."""
-    return value if axis.group is None else _CutGather.apply(value, axis, dim)
+    return value if axis.group is None else _Along.apply(value, axis, dim, _cut, _gather)
 
 
 def gather_uneven(value: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
@@ -72,48 +74,17 @@ class _SumKeep(torch.autograd.Function):
         return grad, None
 
 
-class _GatherScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _gather(value, axis, dim)
+class _Along(torch.autograd.Function):
+    """One collective along a dimension forward, another one backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter(grad, ctx.axis, ctx.dim), None, None
-
-
-class _ScatterGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _scatter(value, axis, dim)
+    def forward(ctx: Any, value: Tensor, axis: Axis, dim: int, there: Collective, back: Collective) -> Tensor:
+        ctx.axis, ctx.dim, ctx.back = axis, dim, back
+        return there(value, axis, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.axis, ctx.dim), None, None
-
-
-class _GatherCut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _gather(value, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _cut(grad, ctx.axis, ctx.dim), None, None
-
-
-class _CutGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, axis: Axis, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _cut(value, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.axis, ctx.dim), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.back(grad, ctx.axis, ctx.dim), None, None, None, None
 
 
 class _GatherUneven(torch.autograd.Function):
