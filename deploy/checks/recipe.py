@@ -136,7 +136,8 @@ def _model(recipe: Recipe, *, hub: bool) -> str:
 
     from shared.data import open_dataset
     from shared.data.chat import encode_prompt
-    from shared.models.load import check_weights, load_config, load_tokenizer
+    from shared.models.folder import check_weights
+    from shared.models.load import load_config, load_tokenizer
 
     set_verbosity_error()
     model = recipe.model

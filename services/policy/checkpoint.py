@@ -29,7 +29,6 @@ from services.policy.state import kinds
 from services.policy.trainer import Snapshot, Stage, Trainer
 from shared.messages import Position
 from shared.weights import digest_of
-from shared.weights.staging import load_tensors
 
 FORMAT = 1
 MODEL, OPTIMIZER, REFERENCE, RANDOM = (
@@ -274,7 +273,8 @@ def load(trainer: Trainer, path: Path, position: Position) -> None:
         )
     layout = trainer.layout
     _refuse_foreign(path, layout)
-    load_tensors(layout.weights(), _parts(path / MODEL, layout))
+    with safe_open(path / MODEL, "pt") as opened:
+        layout.read({name: opened.get_slice(name) for name in layout.weights()})
     device = next(trainer.model.parameters()).device
     reference = None
     if head.reference is not None:

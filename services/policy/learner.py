@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from services.policy import checkpoint, state
 from services.policy.batch import BatchError
 from services.policy.checkpoint import CheckpointError
-from services.policy.layouts.compose import Layout, layout_of
+from services.policy.layouts.compose import Layout, load_layout
 from services.policy.layouts.grid import Grid
 from services.policy.ranks.orders import Kind
 from services.policy.trainer import Trainer, TrainerError
@@ -26,7 +26,7 @@ from shared.config import Recipe
 from shared.data.dataset import DataError
 from shared.mesh import Mesh, MeshError
 from shared.messages import LoadState, Position
-from shared.models import ModelError, load_model
+from shared.models import ModelError
 from shared.telemetry import get_logger
 
 FATAL = (ModelError, DataError, CheckpointError, BatchError)
@@ -125,10 +125,8 @@ class Learner:
 
     def _lay_out(self, *, weights: bool) -> Layout:
         self.trainer, self.layout = None, None  # give the memory back first
-        recipe = self._recipe
-        torch.manual_seed(recipe.run.seed)
-        model = load_model(recipe.model, recipe.run.seed, weights=weights)
-        self.layout = layout_of(model, recipe, self._grid)
+        torch.manual_seed(self._recipe.run.seed)
+        self.layout = load_layout(self._recipe, self._grid, weights=weights)
         return self.layout
 
     def _trainer(self, layout: Layout, position: Position) -> Trainer:

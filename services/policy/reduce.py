@@ -1,11 +1,11 @@
-"""Sums over the members of a gradient mesh. Called by the trainer when a step has several members.
+"""Sums over the members of a gradient mesh, and in buckets over anybody. Called when a step has several who add to it.
 
 Invariant: denominators are global, so the sum over members is the gradient of the whole minibatch; no member divides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,27 +17,33 @@ CARRIER = torch.device("cpu")
 
 
 def reduce_gradients(gradients: Sequence[Tensor], mesh: Mesh, bucket_bytes: int) -> None:
-    """Replace each gradient by its sum over all members, in flat buckets of about `bucket_bytes`; may raise MeshError.
+    """Replace each gradient by its sum over all members, in buckets of about `bucket_bytes`; may raise MeshError."""
 
-    All members pass gradients of equal shapes and dtypes in equal order, so they cut the same buckets.
+    def over_mesh(flat: Tensor) -> Tensor:
+        carried = flat.to(CARRIER)
+        mesh.all_reduce(carried)
+        return carried
+
+    sum_in_buckets(gradients, bucket_bytes, over_mesh)
+
+
+def sum_in_buckets(tensors: Iterable[Tensor], bucket_bytes: int, total: Callable[[Tensor], Tensor]) -> None:
+    """Replace each tensor by its part of the `total` of flat buckets of about `bucket_bytes`.
+
+    All who sum pass tensors of equal shapes and dtypes in equal order, so they cut the same buckets.
     """
-    bucket: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (size + gradient.nbytes > bucket_bytes or gradient.dtype != bucket[0].dtype):
-            _reduce_bucket(bucket, mesh)
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    if bucket:
-        _reduce_bucket(bucket, mesh)
-
-
-def _reduce_bucket(bucket: Sequence[Tensor], mesh: Mesh) -> None:
-    flat = torch.cat([g.reshape(-1) for g in bucket]).to(CARRIER)
-    mesh.all_reduce(flat)
-    for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.nbytes > room or tensor.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append(tensor)
+        room -= tensor.nbytes
+    for bucket in buckets:
+        flat = total(torch.cat([each.reshape(-1) for each in bucket]))
+        for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            each.copy_(part.view_as(each))
 
 
 def reduce_metrics(

@@ -25,12 +25,12 @@ import torch
 from services.policy import checkpoint
 from services.policy.batch import BatchError, Frame
 from services.policy.checkpoint import CheckpointError
-from services.policy.layouts.compose import layout_of
+from services.policy.layouts.compose import load_layout
 from services.policy.trainer import Trainer, TrainerError
 from shared.config import Recipe, RecipeError, load_recipe
 from shared.mesh import Mesh
 from shared.messages import CommitStep, GradientsReady, Position, TrainStep
-from shared.models import ModelError, load_model
+from shared.models import ModelError
 from shared.records import JournalDamaged, SpoolDamaged, read_journal, read_spooled
 from shared.service import EXIT_DONE, EXIT_RECIPE
 from shared.telemetry import log_to_stderr
@@ -127,7 +127,7 @@ def _start(folder: Path, recipe: Recipe, wanted: Position) -> tuple[Trainer, str
     """A trainer at the newest state from which the step can be reached."""
     found = checkpoint.newest(folder / "checkpoints", at_most=wanted)
     torch.manual_seed(recipe.run.seed)
-    layout = layout_of(load_model(recipe.model, recipe.run.seed, weights=found is None), recipe)
+    layout = load_layout(recipe, weights=found is None)
     if found is None:
         return Trainer(layout, recipe, Position(wanted.lineage, 0, 0), _no_mesh), "the recipe's first weights"
     held = checkpoint.read_state(found).position

@@ -8,8 +8,9 @@ gradients summed over those ranks that have the same weights, one norm, one set 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,28 +21,41 @@ from transformers import PreTrainedModel
 
 from services.policy.batch import Row
 from services.policy.decoder import Decoder, text_model
-from services.policy.layouts.data import local, shard
+from services.policy.layouts.data import exchange, local, shard
 from services.policy.layouts.expert import share_experts
 from services.policy.layouts.fit import architecture_of, check_fit
 from services.policy.layouts.grid import DATA, Grid
 from services.policy.layouts.pipeline import Loss, Pipeline, keep_stage
 from services.policy.layouts.tensor import share_embedding, share_layer
 from services.policy.packing import MicroBatch, pack, share_out
+from services.policy.reduce import sum_in_buckets
 from shared.config import Recipe
 from shared.mesh import MeshError
-from shared.models import ModelError
+from shared.models import ModelError, load_model, load_skeleton
+from shared.models.stored import Slice, can_slice, stored_weights
 from shared.weights.slices import Box, Parallel, Split, held, is_vision, owner, split_of
 from shared.weights.staging import manifest_of
 
+CPU = torch.device("cpu")
 SUM_BYTES = 32 << 20
 """About how many bytes of gradients are summed in one go."""
 
 
 class Layout:
-    """This rank's part of `model`, which comes whole and is cut in place. ModelError for a mix that it cannot have."""
+    """This rank's part of `model`, which comes whole and is cut in place. ModelError for a mix that it cannot have.
+
+    A model that has no memory yet, since it is on the meta device, gets it on `device` for this rank's part alone; what
+    that holds is `read`.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, grid: Grid | None = None, *, sequence: bool = False, checkpointing: bool = False
+        self,
+        model: PreTrainedModel,
+        grid: Grid | None = None,
+        *,
+        sequence: bool = False,
+        checkpointing: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         # dropout would make the trainer disagree with the engine about the same tokens
         self.model = model.eval()
@@ -77,9 +91,9 @@ class Layout:
             split=self._multiple,
             width=int(config.hidden_size),
             dtype=some.dtype,
-            device=some.device,
+            device=device,
         )
-        shard(text.layers, self.decoder, grid.axis("fsdp"), some.device)
+        shard(text.layers, self.decoder, grid.axis("fsdp"), device)
         self._summed_over = {name: self._sums_of(name, sequence) for name in self.parameters()}
         self._copies = {name: self._copies_of(name) for name in self.parameters()}
 
@@ -108,13 +122,19 @@ class Layout:
         if box is not None and owner(spec, self._architecture, self.grid.parallel, self.grid.rank):
             whole[box.within(Box.whole(spec.shape))].copy_(part)
 
-    def cut(self, name: str, whole: Any) -> Tensor:
+    def cut(self, name: str, whole: Tensor | Slice) -> Tensor:
         """This rank's part of what belongs to a parameter: of a tensor, or of a file's slice that reads no more."""
         box, spec = self.box(name), self._specs[name]
         if box is None:
             return torch.empty_like(self.weights()[name])
         found: Tensor = whole[box.within(Box.whole(spec.shape))]
         return found
+
+    @torch.no_grad()
+    def read(self, stored: Mapping[str, Slice]) -> None:
+        """Take this rank's part of each weight out of files that have all of them, one after the other."""
+        for name, own in self.weights().items():
+            own.copy_(self.cut(name, stored[name]))
 
     def swap(self, weights: Mapping[str, Tensor]) -> None:
         """Exchange this rank's weights with others of their names and shapes, in place; again to undo it."""
@@ -160,12 +180,7 @@ class Layout:
             if self._summed_over[name]:
                 by_axes[self._summed_over[name]].append(gradient)
         for axes in sorted(by_axes):
-            group = self.grid.axis(*axes).group
-            for bucket in _buckets(by_axes[axes]):
-                flat = torch.cat([each.flatten() for each in bucket])
-                dist.all_reduce(flat, group=group)
-                for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-                    each.copy_(part.view_as(each))
+            sum_in_buckets(by_axes[axes], SUM_BYTES, partial(_total, group=self.grid.axis(*axes).group))
         if self._architecture.tied and self.grid.ends is not None:
             for name, gradient in gradients.items():
                 if split_of(name, gradient.shape) is Split.VOCABULARY:
@@ -221,15 +236,14 @@ class Layout:
         parallel = self.grid.parallel
         if parallel.tp == parallel.ep == 1:
             return
-        done: dict[nn.Parameter, nn.Parameter] = {}
         names = {id(p): name for name, p in self.model.named_parameters()}
-        for module in self.model.modules():
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if parameter not in done:
-                    box = self._held(names[id(parameter)])
-                    part = parameter.detach()[box.within(Box.whole(parameter.shape))].clone()
-                    done[parameter] = nn.Parameter(part, requires_grad=parameter.requires_grad)
-                module.register_parameter(key, done[parameter])
+
+        def part(whole: nn.Parameter) -> nn.Parameter:
+            box = self._held(names[id(whole)])
+            own = whole.detach()[box.within(Box.whole(whole.shape))].clone()
+            return nn.Parameter(own, requires_grad=whole.requires_grad)
+
+        exchange(self.model, part)
 
     def _held(self, name: str) -> Box:
         """What this rank has of a tensor, but for FSDP."""
@@ -266,9 +280,26 @@ class Layout:
 
 
 def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None) -> Layout:
-    """The layout that the recipe's [policy] asks for, of a model that is whole."""
+    """The layout that the recipe's [policy] asks for, of a model that is whole or without memory."""
     policy = recipe.policy
     return Layout(model, grid, sequence=policy.parallel.sequence, checkpointing=policy.gradient_checkpointing)
+
+
+def load_layout(recipe: Recipe, grid: Grid | None = None, *, weights: bool) -> Layout:
+    """The model of the recipe in the recipe's layout; `weights` false: its weights have arbitrary values.
+
+    Of a model in files each rank reads its part alone. A model that is drawn from a seed, or that only transformers can
+    read, is there whole before it is cut.
+    """
+    model = recipe.model
+    if not can_slice(model):
+        return layout_of(load_model(model, recipe.run.seed, weights=weights), recipe, grid)
+    skeleton = load_skeleton(model)
+    stored = stored_weights(model, skeleton) if weights else {}
+    layout = layout_of(skeleton, recipe, grid)
+    if weights:
+        layout.read(stored)
+    return layout
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -283,12 +314,6 @@ def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (sum(t.nbytes for t in bucket) + tensor.nbytes > SUM_BYTES or bucket[0].dtype != tensor.dtype):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
+def _total(flat: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    dist.all_reduce(flat, group=group)
+    return flat
