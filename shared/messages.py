@@ -429,7 +429,10 @@ class AbortStep(Message):
 
 
 class SaveCheckpoint(Message):
-    """Controller -> one policy: write a checkpoint of `position` into `folder`; `export` adds a Hugging Face copy."""
+    """Controller -> one policy: write a checkpoint of `position` into `folder`; `export` adds a Hugging Face copy.
+
+    Its state as it is at this order; later ones are carried out while it is written.
+    """
 
     position: Position
     folder: str

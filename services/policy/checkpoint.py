@@ -1,4 +1,4 @@
-"""Checkpoints: the trainer's whole state in a folder that is whole or not there. Used by the service and by replays.
+"""Checkpoints: a policy's whole state in a folder that is whole or not there. Used by `saving` and by replays.
 
     checkpoints/<step>/  model.safetensors  optimizer.safetensors  reference.safetensors  random.safetensors
                          state.json  manifest.json (sha256 and size of every other file, written last)
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from services.policy.durable import replace_folder, sync_tree
 from services.policy.layouts.compose import Layout
-from services.policy.state import kinds
+from services.policy.state import Head, kinds
 from services.policy.trainer import Snapshot, Stage, Trainer
 from shared.messages import Position
 from shared.weights import digest_of
@@ -72,31 +72,27 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(
-    trainer: Trainer, whole: Mapping[str, Tensor], folder: Path, run: str, recipe: str, keep: int
-) -> tuple[Path, str]:
+def save(head: Head, whole: Mapping[str, Tensor], folder: Path, run: str, recipe: str, keep: int) -> tuple[Path, str]:
     """Write `folder`/<step> durably, delete what is older than the newest `keep`, return (path, weights digest).
 
-    `whole` are the tensors of the state (`state.tensors_of`), put together from all ranks. A complete checkpoint of the
-    same run and position is left as it is. Raises CheckpointError.
+    `head` and `whole` are the state between two batches, put together from all ranks; nobody changes it meanwhile. A
+    complete checkpoint of the same run and position is left as it is. Raises CheckpointError.
     """
-    if not trainer.between_batches:
-        raise CheckpointError(folder, "weights between two batches", f"step {trainer.position.step} inside one",
-                              "ask again after the batch's last step")  # fmt: skip
-    target = folder / str(trainer.position.step)
+    position = head.position
+    target = folder / str(position.step)
     if target.exists():
         known = _known(target)
-        if known is not None and (known.run, known.position) == (run, trainer.position):
+        if known is not None and (known.run, known.position) == (run, position):
             return target, known.digest
-        if known is not None and known.run == run and known.position.lineage > trainer.position.lineage:
-            raise CheckpointError(target, f"none of a later lineage than {trainer.position}", str(known.position),
+        if known is not None and known.run == run and known.position.lineage > position.lineage:
+            raise CheckpointError(target, f"none of a later lineage than {position}", str(known.position),
                                   "another process is this replica now: end this one")  # fmt: skip
     partial = folder / f".{target.name}.partial-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         partial.mkdir()
-        digest = _write(trainer, whole, partial, _same_reference(trainer, folder), run, recipe)
+        digest = _write(head, whole, partial, _same_reference(head, folder), run, recipe)
         sync_tree(partial)
         replace_folder(partial, target)
     except (OSError, SafetensorError) as error:
@@ -105,44 +101,39 @@ def save(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _prune(folder, trainer.position, keep)
+    _prune(folder, position, keep)
     return target, digest
 
 
 def _write(
-    trainer: Trainer,
-    whole: Mapping[str, Tensor],
-    partial: Path,
-    same_reference: Path | None,
-    run: str,
-    recipe: str,
+    head: Head, whole: Mapping[str, Tensor], partial: Path, same_reference: Path | None, run: str, recipe: str
 ) -> str:
     by_kind = kinds(whole)
     weights = by_kind["model"]
-    files = {MODEL: weights, RANDOM: _random_state()}
-    if trainer.optimizer is not None:
+    files = {MODEL: weights, RANDOM: by_kind["random"]}
+    if head.stage is not None:
         files[OPTIMIZER] = by_kind["optimizer"]
     manifest: dict[str, Entry] = {}
-    if trainer.reference is not None and same_reference is not None:
+    if head.reference is not None and same_reference is not None:
         # it never changes within a stage: a second name for the same file costs nothing
         os.link(same_reference / REFERENCE, partial / REFERENCE)
         manifest[REFERENCE] = _read_manifest(same_reference)[REFERENCE]
-    elif trainer.reference is not None:
+    elif head.reference is not None:
         files[REFERENCE] = by_kind["reference"]
     for name, tensors in files.items():
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / name)
     digest = digest_of(weights)
-    head = State(
+    scalars = State(
         format=FORMAT,
         run=run,
         recipe=recipe,
-        position=trainer.position,
-        stage=trainer.stage,
-        optimizer_steps=trainer.optimizer.steps if trainer.optimizer is not None else 0,
-        reference=trainer.reference.position if trainer.reference is not None else None,
+        position=head.position,
+        stage=head.stage,
+        optimizer_steps=head.steps,
+        reference=head.reference,
         digest=digest,
     )
-    (partial / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(head), indent=2))
+    (partial / STATE).write_bytes(msgspec.json.format(msgspec.json.encode(scalars), indent=2))
     for name in (*files, STATE):
         manifest[name] = _entry(partial / name)
     encoded = {name: msgspec.to_builtins(entry) for name, entry in sorted(manifest.items())}
@@ -150,19 +141,12 @@ def _write(
     return digest
 
 
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
 def _entry(path: Path) -> Entry:
     with path.open("rb") as file:
         return Entry(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
 
 
-def _same_reference(trainer: Trainer, folder: Path) -> Path | None:
+def _same_reference(head: Head, folder: Path) -> Path | None:
     """A checkpoint beside this one that holds the same reference weights already."""
     for path in numbered(folder):
         try:
@@ -170,7 +154,7 @@ def _same_reference(trainer: Trainer, folder: Path) -> Path | None:
             whole = (path / REFERENCE).stat().st_size == size  # its content is checked when it is loaded
         except (CheckpointError, KeyError, OSError):
             continue
-        if whole and trainer.reference is not None and known == trainer.reference.position:
+        if whole and known is not None and known == head.reference:
             return path
     return None
 

@@ -11,7 +11,6 @@ Invariant: commands take effect in the order in which they arrive, each at most 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import queue
 import signal
@@ -25,10 +24,8 @@ from typing import Any
 import msgspec
 from transformers import PreTrainedTokenizerBase
 
-from services.policy import checkpoint
 from services.policy.batch import Frame
-from services.policy.checkpoint import CheckpointError
-from services.policy.export import export
+from services.policy.copies import Copies
 from services.policy.layouts.grid import Grid, parallel_of
 from services.policy.learner import FATAL, Learner, prepare_torch
 from services.policy.peers import Peers
@@ -40,17 +37,17 @@ from services.policy.ranks.orders import (
     Commit,
     Done,
     Forget,
-    Gather,
     Load,
     RanksError,
     Take,
     Train,
 )
+from services.policy.saving import Saver
 from services.policy.sft_rows import SftRows
-from services.policy.state import Head, Whole, head_of, kinds, manifest_for, tensors_of
+from services.policy.state import Head
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
 from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
-from shared.config import Recipe, dump_recipe
+from shared.config import Recipe
 from shared.data import open_dataset
 from shared.data.dataset import DataError, Dataset
 from shared.data.unusable import UnusableRows
@@ -59,8 +56,6 @@ from shared.mesh.membership import MeshMembership
 from shared.messages import (
     AbortStep,
     AnyMessage,
-    CheckpointFailed,
-    CheckpointSaved,
     CheckState,
     CommitStep,
     Drain,
@@ -91,7 +86,7 @@ from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, Ser
 from shared.telemetry import get_logger
 from shared.weights import StagedWeights, digest_of
 from shared.weights.publisher import Publisher
-from shared.weights.staging import Area, allocate
+from shared.weights.staging import Area
 
 RECEIVE_S = 0.25  # how long the inbox thread may sleep before it looks whether the service has ended, or shall leave
 DRAIN_SHARE = 0.5  # of timeouts.exit_s: how long a policy that was asked to leave waits for its Drain
@@ -115,7 +110,7 @@ class PolicyService:
         grid: Grid | None = None,
     ) -> None:
         recipe = arguments.recipe
-        self._recipe, self._run_folder = recipe, arguments.run_folder
+        self._recipe = recipe
         self._client, self._datasets, self._crew = client, datasets, crew
         self._log = get_logger()
         self._inbox: queue.Queue[Delivery | Exception] = queue.Queue(maxsize=INBOX)
@@ -127,7 +122,9 @@ class PolicyService:
             self._meshes = meshes
             crew.listen(meshes.hear, self._over)
         self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, grid or Grid.alone())
-        self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE, self._copy)
+        self._copies = Copies(self._learner, self._together)
+        self._saver = Saver(recipe, arguments.run_folder, self._tell, self._copies.take)
+        self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE, self._copies.take)
         self._publisher = Publisher(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rows: SftRows | None = None
@@ -326,26 +323,7 @@ class PolicyService:
                 trainer.drop(message.step, message.attempt, message.lineage)
 
     def _save_checkpoint(self, message: SaveCheckpoint, _frames: Sequence[Frame]) -> None:
-        trainer = self._adopted(message.position)
-        started = time.perf_counter()
-        try:
-            if trainer.position != message.position:
-                raise CheckpointError(self._run_folder / message.folder, str(message.position), str(trainer.position),
-                                      "ask the replica that holds that state")  # fmt: skip
-            whole = tensors_of(trainer) if trainer.layout.whole else self._copy(trainer, "state").tensors
-            recipe = fingerprint(self._recipe)
-            keep = self._recipe.checkpoint.keep
-            folder = self._run_folder / message.folder
-            path, digest = checkpoint.save(trainer, whole, folder, self._run_folder.name, recipe, keep)
-            if message.export and self._tokenizer is not None:
-                export(trainer.model, kinds(whole)["model"], self._tokenizer, self._run_folder / "export")
-        except (CheckpointError, OSError) as error:
-            self._log.error("checkpoint not written", step=message.position.step, why=str(error))
-            self._client.send(CheckpointFailed(message.position, str(error)))
-            return
-        self._log.info("checkpoint written", path=str(path), seconds=round(time.perf_counter() - started, 3))
-        # relative to the run folder, as the order was, so that the folder may be moved
-        self._client.send(CheckpointSaved(message.position, f"{message.folder}/{path.name}", digest))
+        self._saver.save(message, self._adopted(message.position), self._tokenizer)
 
     def _send_weights(self, message: SendWeights, _frames: Sequence[Frame]) -> None:
         trainer = self._adopted(message.position)
@@ -354,7 +332,7 @@ class PolicyService:
                 cause = f"expected to hold {message.position}, but this replica holds {trainer.position}"
                 self._client.send(WeightsFailed(message.epoch, message.position, cause))
                 return
-            area = self._copy(trainer, "weights")
+            area = self._copies.take(trainer, "weights")
             self._publisher.offer(message.position, StagedWeights(area, digest_of(area.tensors)))
         self._publisher.publish(message)
 
@@ -385,10 +363,12 @@ class PolicyService:
 
     def _drain(self, message: Drain, _frames: Sequence[Frame]) -> int:
         self._log.info("drained", why=message.cause)  # leases are answered at once: nothing is to be handed back
+        self._saver.wait()
         return EXIT_DONE
 
     def _shutdown(self, message: Shutdown, _frames: Sequence[Frame]) -> int:
         self._log.info("the run is over", why=message.cause)
+        self._saver.wait()
         return EXIT_DONE
 
     def _adopted(self, position: Position) -> Trainer:
@@ -396,21 +376,6 @@ class PolicyService:
         trainer = self._learner.loaded()
         trainer.adopt(position)
         return trainer
-
-    def _copy(self, trainer: Trainer, what: Whole) -> Area:
-        """A copy of the replica's weights or state as it is now, of the parts of all ranks."""
-        area = allocate(
-            trainer.layout.manifest if what == "weights" else manifest_for(head_of(trainer), trainer.layout)
-        )
-        manifest = msgspec.msgpack.encode(area.manifest)
-        with self._together(Gather(trainer.position, what, manifest, area.path)):
-            self._learner.gather(trainer.position, what, area.tensors)
-        return area
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """A short name for a resolved recipe, kept in checkpoints."""
-    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
 
 
 class _Signals:

@@ -23,6 +23,7 @@ from shared.weights import TensorSpec, digest_of
 from shared.weights.staging import load_tensors, spec_of
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
+RANDOM_DEVICE = "random/cuda:"
 Whole = Literal["weights", "state"]
 """What is put together: the model's weights by their names, or all of the state."""
 
@@ -52,6 +53,12 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     return {**found, RANDOM: torch.get_rng_state()}
 
 
+def random_of_devices() -> dict[str, Tensor]:
+    """The random generators of this rank's GPUs: a checkpoint keeps them too, though no step draws from them."""
+    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {f"{RANDOM_DEVICE}{index}": state for index, state in enumerate(states)}
+
+
 def write(trainer: Trainer, what: Whole, targets: Mapping[str, Tensor]) -> None:
     """Copy those of this rank's parts that it owns into whole tensors."""
     layout = trainer.layout
@@ -72,7 +79,7 @@ def parameter_of(name: str, what: Whole = "state") -> str:
 
 
 def kinds(whole: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a state as "model", "optimizer" and "reference", by the names that they have there."""
+    """The tensors of a state as "model", "optimizer", "reference" and "random", by the names that they have there."""
     found: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "reference": {}, "random": {}}
     for name, tensor in whole.items():
         kind, _, rest = name.partition("/")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from services.policy import checkpoint
 from services.policy.layouts.compose import layout_of
-from services.policy.state import tensors_of
+from services.policy.state import head_of, tensors_of
 from services.policy.trainer import Trainer
 from shared.config import load_recipe
 from shared.messages import Position
@@ -77,7 +77,7 @@ def test_wherever_a_writer_is_killed_the_newest_complete_checkpoint_loads(tmp_pa
     def written(step: int) -> None:
         trainer = Trainer(layout, made, Position(1, step, step), lambda epoch: pytest.fail("there is one member"))
         trainer.begin_stage("train")
-        checkpoint.save(trainer, tensors_of(trainer), tmp_path / "checkpoints", "run", "recipe", 2)
+        checkpoint.save(head_of(trainer), tensors_of(trainer), tmp_path / "checkpoints", "run", "recipe", 2)
 
     draw = random.Random(7)
     started = time.perf_counter()

@@ -1,5 +1,5 @@
-"""A model of the policy service: one order after the other, the trainer's state machine, a publisher beside it, and
-what it sends to its peers.
+"""A model of the policy service: one order after the other, the trainer's state machine, beside it a publisher and a
+checkpoint that is written, and what it sends to its peers.
 
 Its weights are a chain (see payload.py). What the real trainer would refuse with an error is a violation here: the
 controller must never give such an order. Handling takes virtual time; a process that dies on the way has done nothing.
@@ -67,6 +67,9 @@ class Policy:
         self._states: dict[int, StateSent | None] = {}
         self._received: StateReceived | None = None
         self._digests: dict[Position, str] = {}
+        self._saving: SaveCheckpoint | None = None  # the last one whose snapshot was taken
+        self._saved: CheckpointSaved | CheckpointFailed | None = None  # what became of it; None: it is being written
+        self._when_written: Callable[[], object] | None = None
         self._chance = process.world.chance(f"service {process.name}")
         process.on_message = self._take
         process.on_exit = self.meshes.close
@@ -83,7 +86,11 @@ class Policy:
             return
         self.process.send(Leaving("SIGTERM"))
         patience = self.fleet.plan.recipe.timeouts.exit_s / 2
-        self.process.later(patience, lambda: self.process.leave(EXIT_DONE, "no Drain came"))
+        self.process.later(patience, lambda: self._obey(Drain("no Drain came")))
+
+    def _obey(self, order: AnyMessage) -> None:
+        self._orders.append((order, ()))
+        self._next()
 
     def _take(self) -> None:
         """The inbox thread: meshes at once, all else in turn."""
@@ -143,7 +150,7 @@ class Policy:
             case AbortStep():
                 return 0.0, lambda: self._drop(message)
             case SaveCheckpoint():
-                return 0.6, lambda: self._save(message)
+                return 0.1, lambda: self._save(message)
             case SendWeights():
                 return 0.05, lambda: self._publish(message)
             case SendState():
@@ -153,7 +160,7 @@ class Policy:
             case CheckState():
                 return 0.02, lambda: self._check_state(message)
             case Shutdown() | Drain():
-                self.process.leave(EXIT_DONE, message.cause)
+                return 0.0, lambda: self._leave(message.cause)
         return 0.0, None
 
     # --- loading and leases -------------------------------------------------------------------------------------------
@@ -339,22 +346,59 @@ class Policy:
 
     # --- checkpoints and weights --------------------------------------------------------------------------------------
 
-    def _save(self, message: SaveCheckpoint) -> None:
+    def _save(self, message: SaveCheckpoint) -> bool | None:
+        """Take the snapshot, and have it written while the next orders are carried out."""
         if self.position is None:
             self._fail("was told to save before it was loaded")
-            return
+            return None
         self._adopt(message.position)
+        if self._saving == message:
+            if self._saved is None:
+                return None  # the answer follows
+            if isinstance(self._saved, CheckpointSaved) or self.position != message.position:
+                self.process.send(self._saved)
+                return None
+        if self._writing:
+            self._when_written = lambda: self._save_after_all(message)
+            return True
         if self.position != message.position:
             self.fleet.checks.broken(f"{self.process.name} was told to save {message.position}, holds {self.position}")
-            return
+            return None
+        self._saving, self._saved = message, None
+        position, chain = self.position, self.chain
+        took = 5.0 * self._speed * self._chance.random()  # several steps, or none
+        self.process.later(took, lambda: self._written(message, position, chain))
+        return None
+
+    def _save_after_all(self, message: SaveCheckpoint) -> None:
+        self._save(message)
+        self._go_on()
+
+    @property
+    def _writing(self) -> bool:
+        return self._saving is not None and self._saved is None
+
+    def _written(self, message: SaveCheckpoint, position: Position, chain: str) -> None:
         if self.fleet.checkpoint_fails():
-            self.process.send(CheckpointFailed(message.position, "disk full"))
-            return
-        path = self.fleet.folder.save(message.folder, self.position, self.chain)
-        if path is None:
-            self.process.send(CheckpointFailed(message.position, "a later lineage has a checkpoint of that step"))
-            return
-        self.process.send(CheckpointSaved(message.position, path, self.chain))
+            self._saved = CheckpointFailed(message.position, "disk full")
+        else:
+            path = self.fleet.folder.save(message.folder, position, chain)
+            if path is None:
+                self._saved = CheckpointFailed(message.position, "a later lineage has a checkpoint of that step")
+            else:
+                self._saved = CheckpointSaved(message.position, path, chain)
+        self.process.send(self._saved)
+        then, self._when_written = self._when_written, None
+        if then is not None:
+            then()
+
+    def _leave(self, cause: str) -> bool:
+        """In good order: what is being written is finished first."""
+        if self._writing:
+            self._when_written = lambda: self.process.leave(EXIT_DONE, cause)
+        else:
+            self.process.leave(EXIT_DONE, cause)
+        return True
 
     def _publish(self, message: SendWeights) -> None:
         if self.position is None:

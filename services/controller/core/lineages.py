@@ -24,7 +24,7 @@ class SavePoint(msgspec.Struct):
 class Lineages(msgspec.Struct):
     """Committed and settled positions, the settled checkpoint's path ("": the initial weights), and what is written.
 
-    `failed` is the committed position when a checkpoint last failed, `failures` counts those in a row.
+    `failed` is the position whose checkpoint last failed, `failures` counts those in a row.
     """
 
     committed: Position

@@ -49,7 +49,10 @@ class TimeoutsTable(Table):
         description="the controller waits for a leased group, counted anew when its replica answers an earlier one",
     )
     step_s: Seconds = Field(300.0, description="the controller waits for gradients, and for a commit to be applied")
-    checkpoint_s: Seconds = Field(300.0, description="the controller waits for a checkpoint")
+    checkpoint_s: Seconds = Field(
+        300.0,
+        description="the controller waits for a checkpoint, a policy for the one before the next",
+    )
     mesh_s: Seconds = Field(20.0, description="members wait for a process group to form")
     transfer_s: Seconds = Field(
         60.0, description="members wait for one operation on a mesh; the controller for a transfer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.controller.core.events import Steered
 from services.controller.core.outcome import Draining, Gone, RolledBack
 from shared.messages import (
+    CheckpointFailed,
     CommitStep,
     Drain,
     DrainReplica,
@@ -13,6 +14,7 @@ from shared.messages import (
     Lease,
     LeaseReturned,
     Leaving,
+    Position,
     SaveCheckpoint,
     SendWeights,
     TrainStep,
@@ -103,6 +105,20 @@ def test_the_only_policy_commits_its_batch_and_writes_a_checkpoint_before_it_goe
     world.deliver()
     assert world.of(RolledBack) == []
     assert world.ended is not None and world.ended.outcome == "complete"
+
+
+def test_a_checkpoint_that_fails_late_is_not_the_failure_of_what_was_committed_meanwhile() -> None:
+    world = small_world(train={"batches": 6}, checkpoint={"every": 1})
+    policy = world.models["policy-0"]
+    policy.silent = {SaveCheckpoint}
+    world.run(lambda: len(policy.told(CommitStep)) == 3)
+    assert [order.position.version for order in policy.told(SaveCheckpoint)] == [1], "one at a time"  # type: ignore[union-attr]
+    world.say(policy, Leaving("SIGTERM"))
+    policy.silent = set()
+    world.say(policy, CheckpointFailed(Position(1, 1, 1), "No space left on device"))
+    world.deliver()
+    assert world.core.state.lineages.settled == world.core.state.lineages.committed == Position(1, 3, 3)
+    assert len(policy.told(Drain)) == 1
 
 
 def test_a_policy_that_cannot_write_goes_all_the_same() -> None:

@@ -128,7 +128,7 @@ def test_a_policy_that_began_from_a_checkpoint_gives_its_state_to_a_joiner(
 ) -> None:
     recipe = tools.recipe()
     saved = trained(tools, recipe, 2)
-    path, _ = checkpoint.save(saved, tensors_of(saved), tmp_path, "run-1", "recipe-1", 1)
+    path, _ = checkpoint.save(head_of(saved), tensors_of(saved), tmp_path, "run-1", "recipe-1", 1)
     source = skeleton(tools, recipe, checkpoint.read_state(path).position)
     checkpoint.load(source, path, source.position)
     sent, received = transfer(pair, source, skeleton(tools, recipe, source.position))

@@ -13,7 +13,7 @@ import xxhash
 
 from services.policy import checkpoint
 from services.policy.replay import main
-from services.policy.state import tensors_of
+from services.policy.state import head_of, tensors_of
 from shared.config import dump_recipe
 from shared.messages import CommitStep, Position, TrainStep
 from shared.records import JOURNAL, MAGIC, SPOOL, frame, segment_path
@@ -79,7 +79,9 @@ class Recorder:
         return metrics
 
     def save(self) -> None:
-        checkpoint.save(self.trainer, tensors_of(self.trainer), self.folder / "checkpoints", "run", "recipe", 2)
+        checkpoint.save(
+            head_of(self.trainer), tensors_of(self.trainer), self.folder / "checkpoints", "run", "recipe", 2
+        )
 
 
 @pytest.fixture

@@ -291,6 +291,16 @@ def test_the_end_of_the_run_and_a_drain_end_the_process_with_code_0(running: Run
     assert running.wait() == EXIT_DONE
 
 
+@pytest.mark.parametrize("order", [Shutdown("done"), Drain("scaled down")])
+def test_whoever_ends_in_good_order_finishes_the_checkpoint_under_way(running: Running, order: AnyMessage) -> None:
+    load(running)
+    running.controller.tell(SaveCheckpoint(START, "checkpoints", False))
+    running.controller.tell(order)
+    assert running.wait() == EXIT_DONE
+    assert checkpoint.verify(running.folder / "checkpoints" / "0").position == START
+    assert running.controller.hear(CheckpointSaved).position == START
+
+
 def test_asked_to_leave_it_tells_so_and_goes_when_it_is_drained(running: Running) -> None:
     load(running)
     assert running.service.leave()

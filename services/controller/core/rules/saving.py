@@ -126,9 +126,13 @@ def checkpoint_saved(turn: Turn, position: Position, path: str) -> None:
 
 
 def checkpoint_failed(turn: Turn, cause: str) -> None:
-    """Nothing is settled; tried again with the next batch, and the run fails when it happens again and again."""
-    state = turn.state
-    state.lineages.saving, state.lineages.failed = None, state.lineages.committed
+    """Nothing is settled; tried again with the next batch, and the run fails when it happens again and again.
+
+    Training went on meanwhile, perhaps: what was committed since has not failed.
+    """
+    state, saving = turn.state, turn.state.lineages.saving
+    assert saving is not None
+    state.lineages.saving, state.lineages.failed = None, saving.position
     state.lineages.failures += 1
     if state.lineages.failures >= FAILURES:
         state.stages.finish("failed", f"{FAILURES} checkpoints in a row could not be written, the last one: {cause}")
