@@ -76,7 +76,7 @@ test-integration: $(STAMP) ## tests with real service processes
 
 test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held to the same contract (ENGINES="vllm" ARGS="-k update")
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(addprefix test-engine-,$(ENGINES))
-	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m engines tests/integration
+	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m "engines and not slow" tests/integration
 
 test-engine-%:
 	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \
