@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from shared.bus.errors import KeysRefused
 from shared.config import Recipe, RecipeError, load_recipe
 from shared.telemetry import configure_logging, get_logger
 
@@ -60,7 +61,9 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
     parser.add_argument("--run-folder", type=Path, help="where the run lives (default: [run] folder/name)")
     if role == "controller":
         parser.add_argument("--bind", help="address to listen on (default: bus.bind)")
-        parser.add_argument("--launch", type=int, default=0, help="the launch it belongs to, where launches may overlap")
+        parser.add_argument(
+            "--launch", type=int, default=0, help="the launch it belongs to, where launches may overlap"
+        )
     else:
         parser.add_argument("--controller", required=True, help="tcp://HOST:PORT, or a file that tells it")
     parser.add_argument("--replica", default=role if role == "controller" else f"{role}-0", help="name of this replica")
@@ -113,6 +116,9 @@ def _run(role: str, main: Callable[[ServiceArguments], int], arguments: ServiceA
         code = main(arguments)
     except RecipeError as error:
         log.error("the recipe cannot be used", why=str(error))
+        return EXIT_RECIPE
+    except KeysRefused as error:
+        log.error("the keys of the bus cannot be used", why=str(error))
         return EXIT_RECIPE
     except KeyboardInterrupt:
         log.warning(f"{role} interrupted from the keyboard")
