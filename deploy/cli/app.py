@@ -18,6 +18,7 @@ from deploy.cli import (
     logs,
     mesh,
     model,
+    plan,
     report,
     run,
     samples,
@@ -44,6 +45,7 @@ app.command("set")(hyperparameters.set_)
 app.command("get")(hyperparameters.get)
 app.command("history")(hyperparameters.history)
 app.command("revert")(hyperparameters.revert)
+app.command("plan")(plan.plan)
 app.command("logs")(logs.logs)
 app.command("audit")(audit.audit)
 app.command("samples")(samples.samples)
@@ -64,10 +66,11 @@ def main() -> None:
         _leave(error)
     except Exception as error:
         from deploy.local.folder import RunBusyError, RunFolderError
+        from deploy.slurm.client import SlurmError
         from shared.bus.errors import KeysRefused, TurnedAway
         from shared.config import RecipeError
 
-        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | KeysRefused | TurnedAway):
+        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | KeysRefused | TurnedAway | SlurmError):
             raise
         _leave(error)
 

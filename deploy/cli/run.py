@@ -1,4 +1,4 @@
-"""`orrery up`, `resume` and `down`: the life of a run on this machine. What takes time to import is imported late."""
+"""`orrery up`, `resume` and `down`: the life of a run. What takes time to import is imported late."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from typing import Annotated
 import typer
 
 from deploy.cli import console
+from deploy.cli.launchers import Launcher, check, runner, start
 from deploy.cli.runs import RunArgument, find_run
 
+LauncherOption = Annotated[
+    Launcher | None, typer.Option("--launcher", "-l", help="what starts the processes (default: local)")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show what every process prints")]
 
 
@@ -20,23 +24,25 @@ def up(
     recipe: Annotated[Path, typer.Argument(help="TOML file that describes the run")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key")] = None,
     run_folder: Annotated[Path | None, typer.Option(help="where the run lives (default: runs/NAME-DATE-TIME)")] = None,
+    launcher: LauncherOption = None,
     verbose: Verbose = False,
 ) -> None:
-    """Run a recipe on this machine to its end."""
+    """Run a recipe to its end."""
     from deploy.checks.apart import look_apart
-    from deploy.cli.supervise import supervise
-    from deploy.local import check_environments, create_run
+    from deploy.local import create_run, note_launcher
     from shared.config import load_recipe
 
     checked = load_recipe(recipe, set_ or [])
-    check_environments(checked)
+    chosen = launcher or Launcher.local
+    check(chosen, checked)
     faults = look_apart(checked)
     for fault in faults:
         console.error(fault)
     if faults:
         raise typer.Exit(2)
     folder = create_run(checked, run_folder)
-    raise typer.Exit(supervise(checked, folder.absolute(), verbose))
+    note_launcher(folder, chosen.value)
+    raise typer.Exit(start(chosen, checked, folder.absolute(), verbose))
 
 
 def resume(
@@ -45,25 +51,30 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="change how a policy computes, say policy.parallel.fsdp=4"),
     ] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option("--launcher", "-l", help="what starts the processes (default: as last time)")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Go on with a run that was stopped or killed, or with one that 'orrery pause' holds back."""
     from deploy.cli.live.sources import ASK_S, ask_controller
     from deploy.cli.steer import tell
-    from deploy.cli.supervise import supervise
-    from deploy.local import RunLock, holder
+    from deploy.local import RunLock, launcher_of, note_launcher
     from deploy.local.folder import change_recipe
     from shared.config import load_recipe
     from shared.messages import ResumeRun
 
     folder = find_run(run)
-    answer = ask_controller(folder, ASK_S) if holder(folder) is not None else None
+    answer = ask_controller(folder, ASK_S) if runner(folder) is not None else None
     if answer is not None and answer.get("paused"):
         tell(folder, ResumeRun())
         return
     with RunLock(folder):
         recipe = change_recipe(folder, set_) if set_ else load_recipe(folder / "config.toml")
-    raise typer.Exit(supervise(recipe, folder, verbose))
+    chosen = launcher or Launcher(launcher_of(folder))
+    check(chosen, recipe)
+    note_launcher(folder, chosen.value)
+    raise typer.Exit(start(chosen, recipe, folder, verbose))
 
 
 def down(
@@ -71,11 +82,17 @@ def down(
     now: Annotated[bool, typer.Option("--now", help="kill at once, without a checkpoint")] = False,
 ) -> None:
     """Stop a run after the batch in hand, with a checkpoint; `orrery resume` goes on from there."""
-    from deploy.local import holder
+    from deploy.local import holder, launcher_of
     from shared.config import load_recipe
 
     folder = find_run(run)
     timeouts = load_recipe(folder / "config.toml").timeouts
+    longest = timeouts.step_s + timeouts.checkpoint_s + 4 * timeouts.exit_s
+    if launcher_of(folder) == Launcher.slurm:
+        from deploy.cli.slurm import stop
+
+        stop(folder, longest, now=now)
+        return
     owner = holder(folder)
     if owner is None:
         console.note(f"{folder.name} is not running")
@@ -84,7 +101,6 @@ def down(
     if now:
         os.kill(owner, signal.SIGTERM)
     console.note(f"stopping {folder.name} (process {owner})")
-    longest = timeouts.step_s + timeouts.checkpoint_s + 4 * timeouts.exit_s
     deadline = time.monotonic() + longest
     while holder(folder) == owner:
         if time.monotonic() > deadline:

@@ -66,6 +66,9 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
+    def let_go(self) -> None:
+        """A process cannot be handed over: it dies with this one."""
+
     def _on_end(self) -> None:
         # leftovers go before the leader is reaped: until then nobody else can get its process group's number
         self.kill_group()
