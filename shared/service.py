@@ -41,13 +41,18 @@ _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 @dataclass(frozen=True)
 class ServiceArguments:
-    """What a service is started with. `bind` belongs to the controller alone, `controller` to all the others."""
+    """What a service is started with. `bind` belongs to the controller alone, `controller` to all the others.
+
+    `nodes` and `reach` are those of a policy replica's ranks.
+    """
 
     recipe: Recipe
     run_folder: Path
     controller: str
     bind: str | None
     replica: str
+    nodes: str = ""
+    reach: str = ""
 
 
 def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArguments:
@@ -60,6 +65,10 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
         parser.add_argument("--bind", help="address to listen on (default: bus.bind)")
     else:
         parser.add_argument("--controller", required=True, help="the controller's address, tcp://HOST:PORT")
+    if role == "policy":
+        ranks = "where the replica's ranks run, NODE:RANKS,... from this node on (default: all here)"
+        parser.add_argument("--nodes", default="", help=ranks)
+        parser.add_argument("--reach", default="", help='command that starts one on a node: "ssh {node}"')
     parser.add_argument("--replica", default=role if role == "controller" else f"{role}-0", help="name of this replica")
     given = parser.parse_args(argv)
     recipe = load_recipe(given.recipe, given.set)
@@ -69,6 +78,8 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
         controller="" if role == "controller" else given.controller,
         bind=(given.bind or recipe.bus.bind) if role == "controller" else None,
         replica=given.replica,
+        nodes=given.nodes if role == "policy" else "",
+        reach=given.reach if role == "policy" else "",
     )
 
 
