@@ -34,5 +34,5 @@ class Copies:
         )
         manifest = msgspec.msgpack.encode(area.manifest)
         with self._together(Gather(trainer.position, what, manifest, area.path)):
-            self._learner.gather(trainer.position, what, area.tensors)
+            self._learner.gather(trainer.position, what, area.manifest, area.memory)
         return area

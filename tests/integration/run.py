@@ -130,12 +130,12 @@ class Run:
         """`orrery resume --set ...`."""
         return self._supervise("resume", str(self.folder), *_options(sets))
 
-    def launch(self, *command: str) -> subprocess.Popen[bytes]:
-        """Any `python -m ...` of this run, alone."""
+    def launch(self, *command: str, inside: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Any `python -m ...` of this run, alone; `inside` is what starts commands in a namespace."""
         environment = {**os.environ, MARK: self._mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.outputs.open("ab") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*inside, sys.executable, "-m", *command],
                 cwd=self.folder.parent,
                 env=environment,
                 stdin=subprocess.DEVNULL,
