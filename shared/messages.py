@@ -163,7 +163,7 @@ class MeshIdentity(Part):
     """Who may meet whom: issued by the controller alone, one `unique_id` per attempt, never reused.
 
     The index in `members` is the rank inside the mesh. For `gloo` the id prefixes the rendezvous keys; for `nccl` it
-    is the ncclUniqueId.
+    is the ncclUniqueId, and `further_ids` are those of the groups that the replicas' further ranks have beside it.
     """
 
     purpose: Literal["gradients", "state", "weights"]
@@ -171,6 +171,14 @@ class MeshIdentity(Part):
     backend: Literal["gloo", "nccl"]
     unique_id: bytes
     members: list[MeshMember]
+    further_ids: list[bytes] = []
+
+
+class Device(Part):
+    """The GPU that a rank meets others on: its identity (UUID, hex), and the version of the NCCL that it has loaded."""
+
+    gpu: str
+    nccl: str
 
 
 # --- session: who is there --------------------------------------------------------------------------------------------
@@ -181,7 +189,8 @@ class Register(Transient):
 
     `nonce` names the start of a replica, and its ranks share it: the same nonce is the same incarnation. A rank of an
     older start is refused, and so are the ranks of a start of several once it was lost. `holds` is what a surviving
-    process still has. A duplicate is answered again and changes nothing.
+    process still has. `device` is None for a rank without a GPU, or where meshes are Gloo's (`weights.backend`); one
+    whose NCCL is of another version than the others' is refused. A duplicate is answered again and changes nothing.
     """
 
     role: Role
@@ -194,6 +203,7 @@ class Register(Transient):
     holds: Position | None
     leases: list[LeaseRef]
     datasets: list[DatasetIdentity]
+    device: Device | None = None
 
 
 class Registered(Transient):
@@ -231,7 +241,7 @@ class Refused(Transient):
     """Either side, answers a message that cannot be taken. `fault` is a stable name; the rest is for a person.
 
     Faults: malformed, protocol, too_large, unknown_sender, term, incarnation, lineage, attempt, epoch, dataset,
-    identity, role, hyperparameter, replica, state.
+    identity, role, nccl, hyperparameter, replica, state.
     """
 
     fault: str

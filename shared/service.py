@@ -21,6 +21,8 @@ from typing import NoReturn
 
 from shared.bus.errors import KeysRefused
 from shared.config import Recipe, RecipeError, load_recipe
+from shared.nccl.device import prepare
+from shared.nccl.library import NcclError, preload_inherited
 from shared.telemetry import configure_logging, get_logger
 
 EXIT_DONE = 0
@@ -104,14 +106,24 @@ def run_service(role: str, main: Callable[[ServiceArguments], int]) -> NoReturn:
         print(error, file=sys.stderr)
         sys.exit(EXIT_RECIPE)
     begin_logging(arguments.run_folder, role, arguments.replica)
+    if role != "controller":  # its ids are minted by children
+        try:
+            prepare(arguments.recipe.weights)
+        except NcclError as error:
+            get_logger().error("NCCL cannot be used", why=str(error))
+            sys.exit(EXIT_RECIPE)
     sys.exit(_run(role, main, arguments))
 
 
 def begin_process() -> None:
-    """The first thing that a process of a run does: tie it to its parent, and let it tell what it is busy with."""
+    """The first thing that a process of a run does: tie it to its parent, let it tell what it is busy with.
+
+    One that a service has started loads the service's NCCL, before torch would load another.
+    """
     _die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints every thread's stack: where is it waiting?
+    preload_inherited()
 
 
 def begin_logging(run_folder: Path, role: str, name: str) -> None:

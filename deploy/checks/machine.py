@@ -15,6 +15,7 @@ from typing import Literal
 
 from deploy.local.environments import SOURCE, python_for
 from shared.config import RecipeError
+from shared.nccl.library import NcclError, find, open_library
 
 NEEDED = {
     "torch": "policy and rollouts",
@@ -65,6 +66,7 @@ def look(runs: Path) -> Iterator[Finding]:
         _python,
         _cores_and_memory,
         _gpus,
+        _nccl,
         _needed_packages,
         _optional_packages,
         _engines,
@@ -125,6 +127,18 @@ def _gpus() -> Iterator[Finding]:
         return
     for line in told.strip().splitlines():
         yield Finding("ok", "GPU", f"{line} (services use CPUs for now)")
+
+
+def _nccl() -> Iterator[Finding]:
+    """Which libnccl this environment's services would load, and mint ids with."""
+    try:
+        library = open_library(find())
+    except NcclError as error:
+        first = str(error).partition(";")[0]
+        advice = "pip install nvidia-nccl-cu13, or set weights.nccl_library"
+        yield Finding("note", "NCCL", f"{first}; for weights.backend = 'nccl' or 'auto'", advice)
+        return
+    yield Finding("ok", "NCCL", f"{library.version} at {library.path}")
 
 
 def _needed_packages() -> Iterator[Finding]:

@@ -66,6 +66,7 @@ class Controller:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._bus.close()
+            self._shell.close()
         self._shell.save_snapshot()
         return self._shell.ending
 

@@ -21,6 +21,7 @@ from services.controller.core.core import Core
 from services.controller.core.events import (
     AnyEvent,
     DeadlinePassed,
+    MeshIdFailed,
     MeshIdMinted,
     MessageReceived,
     ReplicaLost,
@@ -31,6 +32,7 @@ from services.controller.core.events import (
 )
 from services.controller.core.outcome import (
     Effect,
+    EndMint,
     EndRun,
     ForgetMesh,
     FreeSpool,
@@ -44,6 +46,7 @@ from services.controller.core.outcome import (
 )
 from services.controller.journal import Journal
 from services.controller.liveness import Liveness
+from services.controller.minting import Minted, Minter, MintFailed
 from services.controller.outputs import Outputs
 from services.controller.rendezvous import Rendezvous
 from services.controller.requests import Request, Requests
@@ -99,6 +102,22 @@ class Bus(Protocol):
         """Peers that don't take their messages."""
 
 
+class Minting(Protocol):
+    """What the shell asks of who mints NCCL's ids; `Minter` is the real one. Nothing of it waits."""
+
+    def mint(self, epoch: int, count: int) -> None:
+        """Ask for ids."""
+
+    def poll(self) -> list[Minted | MintFailed]:
+        """What came of it."""
+
+    def forget(self, epoch: int) -> None:
+        """The ids of this epoch are used, or never will be."""
+
+    def close(self) -> None:
+        """Leave nothing running."""
+
+
 @dataclass(frozen=True)
 class Clock:
     """Two clocks in seconds: `wall` tells when the term began and may jump, `steady` counts on from there."""
@@ -133,7 +152,16 @@ class Shell:
     Not thread-safe, but for `sync`, during which the other thread may `take` and `tick`.
     """
 
-    def __init__(self, core: Core, journal: Journal, spool: Spool, outputs: Outputs, bus: Bus, clock: Clock) -> None:
+    def __init__(
+        self,
+        core: Core,
+        journal: Journal,
+        spool: Spool,
+        outputs: Outputs,
+        bus: Bus,
+        clock: Clock,
+        minter: Minting | None = None,
+    ) -> None:
         self._core = core
         self._journal = journal
         self._spool = spool
@@ -144,6 +172,8 @@ class Shell:
         self._recipe = core.recipe
         self._liveness = Liveness(core.recipe.bus.lost_after_s)
         self._rendezvous = Rendezvous()
+        self._minter = minter or Minter(core.recipe.weights)
+        self._minting: dict[int, str] = {}
         self._requests = Requests(core, self._now, self._step, self._answer, bus.reply)
         self._peers: dict[tuple[str, int], tuple[int, bytes]] = {}
         self._registers: dict[tuple[str, int, int], Incoming] = {}
@@ -328,6 +358,8 @@ class Shell:
         """Look at silence, deadlines and waits."""
         now = self._clock.steady()
         self._rendezvous.expire(now)
+        for word in self._minter.poll():
+            self._take_mint(word)
         for (replica, incarnation, rank), silence in self._liveness.silent(now):
             cause = f"rank {rank} silent for {silence:.1f} s (bus.lost_after_s)"
             self._step(ReplicaLost(at=self._now(), replica=replica, incarnation=incarnation, cause=cause))
@@ -340,6 +372,21 @@ class Shell:
         if self._core.next_deadline() <= self._now():
             self._step(DeadlinePassed(at=self._now()))
 
+    def _take_mint(self, word: Minted | MintFailed) -> None:
+        at, epoch = self._now(), word.epoch
+        if isinstance(word, MintFailed):
+            log.warning("a mesh has no unique id", epoch=epoch, why=word.cause)
+            self._step(MeshIdFailed(at=at, epoch=epoch, cause=word.cause))
+        elif word.version != self._minting.get(epoch, word.version):
+            cause = (
+                f"its members have NCCL {self._minting[epoch]}, the controller has {word.version}: set "
+                "weights.nccl_library to one file for all services"
+            )
+            self._step(MeshIdFailed(at=at, epoch=epoch, cause=cause))
+        else:
+            first, *further = word.ids
+            self._step(MeshIdMinted(at=at, epoch=epoch, unique_id=first, further_ids=further))
+
     # --- effects ------------------------------------------------------------------------------------------------------
 
     def _do(self, effect: Effect) -> None:
@@ -350,11 +397,17 @@ class Shell:
                 self._welcome(effect)
             case Part():
                 self._part(effect)
+            case MintMeshId(epoch=epoch, backend="nccl"):
+                self._minting[epoch] = effect.nccl
+                self._minter.mint(epoch, effect.count)
             case MintMeshId(epoch=epoch):
                 self._rendezvous.open(epoch)
                 self._step(MeshIdMinted(at=self._now(), epoch=epoch, unique_id=secrets.token_bytes(16)))
             case ForgetMesh(epoch=epoch):
                 self._rendezvous.close(epoch)
+                self._end_mint(epoch)
+            case EndMint(epoch=epoch):
+                self._end_mint(epoch)
             case RecordMetrics(line=line):
                 self._outputs.metrics(line | self._liveness.take_spent() | {"controller_lag": self._take_lag()})
             case RecordEvaluation(result=result):
@@ -371,6 +424,14 @@ class Shell:
                 self._spool.free_below(segment)
             case EndRun():
                 self.ending = effect
+
+    def _end_mint(self, epoch: int) -> None:
+        if self._minting.pop(epoch, None) is not None:
+            self._minter.forget(epoch)
+
+    def close(self) -> None:
+        """This term is over: leave nothing running."""
+        self._minter.close()
 
     def note_lag(self, seconds: float) -> None:
         """The loop around this shell came `seconds` late to something; the worst goes into the next metrics line."""

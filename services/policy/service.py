@@ -83,6 +83,7 @@ from shared.messages import (
     WeightsFailed,
 )
 from shared.models import load_tokenizer
+from shared.nccl.device import own_device
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.telemetry import get_logger
 from shared.weights import StagedWeights, digest_of
@@ -431,6 +432,7 @@ def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
         world=recipe.policy.parallel.ranks,
         settings=recipe.bus,
         datasets=identities,
+        device=own_device(),
     )
     goodbye: str | None = None
     try:

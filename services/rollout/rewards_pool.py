@@ -38,6 +38,7 @@ from services.rollout.reward_wire import (
 )
 from shared.config import RecipeError
 from shared.config.schema import DataTable, RewardPart
+from shared.nccl.library import without_preload
 from shared.rewards.score import Score
 from shared.telemetry import get_logger
 
@@ -232,7 +233,7 @@ class _Keeper:
         self._selector.close()
 
     def _start(self) -> None:
-        environment = os.environ | _SINGLE_THREADED
+        environment = without_preload(os.environ) | _SINGLE_THREADED
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), environment.get("PYTHONPATH")]))
         process = subprocess.Popen(
             self._pool._command,

@@ -46,6 +46,7 @@ from shared.bus.wire import Frames
 from shared.messages import (
     AnyMessage,
     DatasetIdentity,
+    Device,
     Envelope,
     Goodbye,
     LeaseRef,
@@ -85,11 +86,13 @@ class BusClient:
         settings: BusTable,
         datasets: Sequence[DatasetIdentity] = (),
         nonce: int | None = None,
+        device: Device | None = None,
         context: zmq.Context | None = None,
     ) -> None:
         """`address` may be a file that tells it (`shared.bus.address`): then the controller may move.
 
         `nonce` is that of the replica's start, which its ranks share; rank 0, or whoever starts them all, draws it.
+        `device` is the rank's GPU, if it meets others by NCCL.
 
         `context` is needed for `inproc://` addresses, which join sockets of one context only. KeysRefused for a key
         that cannot be used.
@@ -100,7 +103,8 @@ class BusClient:
         self._who = f"{replica} rank {rank}"
         self._max_bytes = max_bytes(settings)
         nonce = secrets.randbits(63) if nonce is None else nonce
-        self.passport = Passport(role, replica, rank, world, nonce, os.getpid(), network.gethostname(), tuple(datasets))
+        host, pid = network.gethostname(), os.getpid()
+        self.passport = Passport(role, replica, rank, world, nonce, pid, host, tuple(datasets), device)
         self._identity = f"{replica}/{rank}/{nonce:x}".encode()
         self._keys_place = keys_place(settings.keys)
         self._keys = client_keys(self._keys_place, replica) if self._keys_place is not None else None

@@ -281,6 +281,7 @@ class ReplicaSession:
             holds=position,
             leases=[leases[key] for key in sorted(leases)],
             datasets=list(me.datasets),
+            device=me.device,
         )
         return Transmit(self._envelope(register, request=self._register_request))
 

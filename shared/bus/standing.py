@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shared.messages import DatasetIdentity, Heartbeat, LeaseRef, Position, Role
+from shared.messages import DatasetIdentity, Device, Heartbeat, LeaseRef, Position, Role
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Passport:
     pid: int
     host: str
     datasets: Sequence[DatasetIdentity] = ()
+    device: Device | None = None
 
 
 class Standing:

@@ -12,6 +12,8 @@ import signal
 import threading
 from collections.abc import Iterable
 
+from shared.nccl.library import preload_in_engines
+
 
 class Watched:
     """Processes whose end is seen at once, whoever their parent is. The first `ranks` of them hold a part of the model.
@@ -65,8 +67,9 @@ OWNER_VARIABLE = "ORRERY_ENGINE_OWNER"
 
 
 def own_engines() -> None:
-    """Called by the rollout, before it starts an engine."""
+    """Called by the rollout, before it starts an engine: its processes end with it, and load the NCCL that it has."""
     os.environ[OWNER_VARIABLE] = str(os.getpid())
+    preload_in_engines(os.environ)
 
 
 def die_with_owner() -> None:

@@ -20,6 +20,7 @@ import msgspec
 from shared.bus import BusClient, BusError, keys_place
 from shared.config.schema import BusTable
 from shared.messages import Role
+from shared.nccl.device import own_device
 from shared.service import EXIT_FENCED
 from shared.telemetry import get_logger
 
@@ -68,6 +69,7 @@ def join(invited: bytes, worker: int) -> BusClient:
         world=to.world,
         nonce=to.nonce,
         settings=BusTable(**to.bus),
+        device=own_device(),
     )
     client.progress("computing", 0)
     client.start(to.welcome_s)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shared.mesh.base import Mesh, MeshError
 from shared.mesh.gloo import GlooMesh
 from shared.mesh.store import Request
 from shared.messages import MeshIdentity
+from shared.nccl.library import NcclError, find, open_library
 
 __all__ = ["Mesh", "MeshError", "form_mesh"]
 
@@ -18,16 +21,28 @@ def form_mesh(
     interface: str,
     form_timeout_s: float,
     operation_timeout_s: float,
+    ended: Callable[[], str | None] = lambda: None,
 ) -> Mesh:
     """Join the mesh of `identity` as `rank`; returns when all members have joined, or raises MeshError.
 
     `request` asks the controller (`BusClient.request`); `interface` is the network interface to meet on.
-    `form_timeout_s` bounds the forming, `operation_timeout_s` each later operation.
+    `form_timeout_s` bounds the forming, `operation_timeout_s` each later operation; `ended` tells why an NCCL mesh that
+    is still forming is over already (members of Gloo's ask the controller, and hear it there).
     """
-    if identity.backend != "gloo":
-        raise MeshError(
-            f"mesh {identity.epoch}: expected backend gloo, got {identity.backend}; this build carries weights and "
-            f'gradients between CPUs only: set weights.backend = "gloo"'
+    if identity.backend == "nccl":
+        from shared.mesh.nccl import NcclMesh
+
+        try:
+            library = open_library(find())
+        except NcclError as error:
+            raise MeshError(f"mesh {identity.epoch} ({identity.purpose}): {error}") from error
+        return NcclMesh(
+            identity,
+            rank,
+            library,
+            form_timeout_s=form_timeout_s,
+            operation_timeout_s=operation_timeout_s,
+            ended=ended,
         )
     return GlooMesh(
         identity,

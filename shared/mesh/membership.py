@@ -112,6 +112,7 @@ class MeshMembership:
                 operation_timeout_s=(
                     self._reduction_timeout_s if identity.purpose == "gradients" else self._operation_timeout_s
                 ),
+                ended=lambda: self._ended.get(identity.epoch),
             )
         except Exception as error:  # this thread has no caller: whatever it was, the controller has to hear it
             self._fail(identity.epoch, f"{type(error).__name__}: {error}")

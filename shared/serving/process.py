@@ -15,6 +15,7 @@ from shared.bus import BusClient, Fenced, Refusal
 from shared.config import Recipe
 from shared.data import open_dataset
 from shared.data.dataset import DataError, Dataset
+from shared.nccl.device import own_device
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.serving.service import EngineService
 from shared.telemetry import get_logger
@@ -74,6 +75,7 @@ def run_replica(
         world=recipe.rollout.world_of(arguments.replica),
         settings=recipe.bus,
         datasets=[dataset.identity for dataset in datasets.values()],
+        device=own_device(),
     )
     goodbye: str | None = None
     with workers(datasets) as make:

@@ -14,6 +14,7 @@ from services.controller.core.events import (
     AnyEvent,
     DeadlinePassed,
     HyperparametersRequested,
+    MeshIdFailed,
     MeshIdMinted,
     MessageReceived,
     ReplicaLost,
@@ -29,7 +30,7 @@ from services.controller.core.events import (
 from services.controller.core.fleet import Replica
 from services.controller.core.ledger import Group
 from services.controller.core.orders import give_orders
-from services.controller.core.outcome import Joined, Outcome, Reported, StageBegan, Welcome
+from services.controller.core.outcome import EndMint, Joined, Outcome, Reported, StageBegan, Welcome
 from services.controller.core.rules import (
     draining,
     joining,
@@ -162,7 +163,11 @@ def _take(turn: Turn, event: AnyEvent) -> None:
         case DeadlinePassed():
             expire(turn)
         case MeshIdMinted():
-            state.meshes.minted(event.epoch, event.unique_id, state.now + turn.recipe.timeouts.mesh_s)
+            until = state.now + turn.recipe.timeouts.mesh_s
+            state.meshes.minted(event.epoch, event.unique_id, until, event.further_ids)
+        case MeshIdFailed():
+            joining.mesh_failed(turn, event.epoch, "")
+            syncing.revoke_mesh(turn, event.epoch, event.cause, failed=True)
         case HyperparametersRequested():
             step = state.lineages.committed.step + (state.steps.step is not None)
             state.hyperparameters.request(event.changes, max(event.at_step or 0, step))
@@ -307,6 +312,8 @@ def _receive(turn: Turn, replica: Replica, message: ReplicaMessage, spooled: Spo
         case MeshFormed():
             if state.meshes.member_formed(message.epoch, replica.name):
                 syncing.mesh_formed(turn, message.epoch)
+                if state.meshes.meshes[message.epoch].backend == "nccl":
+                    turn.effect(EndMint(message.epoch))
         case MeshFailed():
             joining.mesh_failed(turn, message.epoch, replica.name)
             syncing.revoke_mesh(turn, message.epoch, f"{replica.name}: {message.cause}", failed=True)

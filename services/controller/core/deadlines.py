@@ -75,8 +75,11 @@ def expire(turn: Turn) -> None:
     for mesh in [state.meshes.meshes[epoch] for epoch in state.meshes.unformed]:
         if mesh.deadline <= now:
             missing = [m.replica for m in mesh.members if m.replica not in mesh.formed]
+            cause = f"{', '.join(missing)} did not form it within timeouts.mesh_s"
+            if mesh.state == "minting" and mesh.backend == "nccl":
+                cause = "the controller waited for its unique id past timeouts.mint_s"
             mesh_failed(turn, mesh.epoch, "")
-            revoke_mesh(turn, mesh.epoch, f"{', '.join(missing)} did not form it within timeouts.mesh_s", failed=True)
+            revoke_mesh(turn, mesh.epoch, cause, failed=True)
     _expire_step(turn)
     for edge in list(state.weights.edges.values()):
         if edge.position is not None and edge.deadline <= now:

@@ -108,10 +108,18 @@ class DeadlinePassed(Event, frozen=True, kw_only=True, tag="deadline_passed"):
 
 
 class MeshIdMinted(Event, frozen=True, kw_only=True, tag="mesh_id_minted"):
-    """The shell made the unique id that the core asked for."""
+    """The shell made the unique id that the core asked for, and those of the replicas' further ranks."""
 
     epoch: int
     unique_id: bytes
+    further_ids: list[bytes] = []
+
+
+class MeshIdFailed(Event, frozen=True, kw_only=True, tag="mesh_id_failed"):
+    """There is no unique id for the mesh of `epoch`, or what minted it died before all members had come."""
+
+    epoch: int
+    cause: str
 
 
 class HyperparametersRequested(Event, frozen=True, kw_only=True, tag="hyperparameters_requested"):
@@ -135,5 +143,5 @@ class Steered(Event, frozen=True, kw_only=True, tag="steered"):
 
 AnyEvent = (
     RunBegan | TermBegan | ReplicaRegistered | MessageReceived | ReplicaLost | DeadlinePassed | MeshIdMinted
-    | HyperparametersRequested | StopRequested | Steered
+    | MeshIdFailed | HyperparametersRequested | StopRequested | Steered
 )  # fmt: skip

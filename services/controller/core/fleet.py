@@ -23,7 +23,7 @@ from typing import Literal
 
 import msgspec
 
-from shared.messages import DatasetIdentity, MeshMember, Position, Register, Role
+from shared.messages import DatasetIdentity, Device, MeshMember, Position, Register, Role
 
 ReplicaState = Literal["joining", "loading", "stale", "ready", "draining", "left", "lost"]
 STARTS_KEPT = 64
@@ -38,7 +38,7 @@ class Replica(msgspec.Struct):
     rank; `absent` are the ones among them that this term has not heard from.
     `doubtful`: a transfer to it was given up, so its engine may sample with weights that nobody has compared; a policy:
     what it holds differs from what the others hold, and it has yet to forget that.
-    `answered` is when it last reported or returned a group.
+    `answered` is when it last reported or returned a group. `devices` are its ranks' GPUs, by rank.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Replica(msgspec.Struct):
     doubtful: bool = False
     answered: float = 0.0
     absent: list[int] = []
+    devices: dict[int, Device] = {}
 
     @property
     def live(self) -> bool:
@@ -133,6 +134,17 @@ class Fleet(msgspec.Struct):
                 return known, seen
         return None
 
+    def nccl_conflict(self, register: Register) -> tuple[Replica, str] | None:
+        """A live replica that has loaded another NCCL than this rank has, and which."""
+        if register.device is None:
+            return None
+        for replica in self.live():
+            for rank, device in replica.devices.items():
+                itself = (replica.name, rank) == (register.replica, register.rank)
+                if device.nccl != register.device.nccl and not itself:
+                    return replica, device.nccl
+        return None
+
     def superseded(self, register: Register) -> bool:
         """Whether a newer start has this replica's name, or the one of this rank was lost, and had several ranks."""
         replica = self.replicas.get(register.replica)
@@ -161,6 +173,7 @@ class Fleet(msgspec.Struct):
             host=register.host,
             state="joining",
             since=at,
+            devices=_devices(register),
         )
         self.replicas[replica.name] = replica
         self._shelve(replica)
@@ -175,6 +188,7 @@ class Fleet(msgspec.Struct):
     def hear(self, replica: Replica, register: Register) -> None:
         """A rank of a live replica is there, for the first time or in a new term."""
         replica.pids[register.rank] = register.pid
+        replica.devices |= _devices(register)
         if register.rank in replica.absent:
             replica.absent.remove(register.rank)
 
@@ -220,6 +234,10 @@ class Fleet(msgspec.Struct):
         del self.shelves[key][replica.name]
         if not self.shelves[key]:
             del self.shelves[key]
+
+
+def _devices(register: Register) -> dict[int, Device]:
+    return {register.rank: register.device} if register.device is not None else {}
 
 
 def _shelf(replica: Replica) -> str:

@@ -45,6 +45,7 @@ class Mesh(msgspec.Struct):
     unique_id: bytes = b""
     formed: list[str] = []
     used: float = 0.0
+    further_ids: list[bytes] = []
 
     @property
     def kind(self) -> str:
@@ -60,6 +61,7 @@ class Mesh(msgspec.Struct):
             backend=self.backend,
             unique_id=self.unique_id,
             members=self.members,
+            further_ids=self.further_ids,
         )
 
     def has(self, replica: str) -> bool:
@@ -93,11 +95,12 @@ class Meshes(msgspec.Struct):
             self.memberships.setdefault(member.replica, {})[mesh.epoch] = None
         return mesh
 
-    def minted(self, epoch: int, unique_id: bytes, deadline: float) -> None:
+    def minted(self, epoch: int, unique_id: bytes, deadline: float, further_ids: list[bytes] | None = None) -> None:
         """The unique id is there: the members can be told. An epoch revoked meanwhile stays revoked."""
         mesh = self.meshes.get(epoch)
         if mesh is not None and mesh.state == "minting":
             mesh.unique_id, mesh.state, mesh.deadline = unique_id, "forming", deadline
+            mesh.further_ids = further_ids or []
 
     def member_formed(self, epoch: int, replica: str) -> bool:
         """A member stands; the mesh is formed when all do. Whether it is formed by this."""

@@ -297,14 +297,25 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class MintMeshId(msgspec.Struct, frozen=True):
-    """Make a unique id for the mesh of `epoch` and report it as `MeshIdMinted`."""
+    """Make a unique id for the mesh of `epoch` and report it as `MeshIdMinted`.
+
+    For NCCL `count` of them, by a library of version `nccl`; where that fails, `MeshIdFailed`.
+    """
 
     epoch: int
     backend: str
+    count: int = 1
+    nccl: str = ""
 
 
 class ForgetMesh(msgspec.Struct, frozen=True):
     """The mesh of `epoch` no longer forms: its rendezvous values can go."""
+
+    epoch: int
+
+
+class EndMint(msgspec.Struct, frozen=True):
+    """All members of the mesh of `epoch` have met: what minted its unique id can go."""
 
     epoch: int
 
@@ -334,7 +345,9 @@ class EndRun(msgspec.Struct, frozen=True):
     cause: str
 
 
-Effect = Send | Welcome | Part | MintMeshId | ForgetMesh | RecordMetrics | RecordEvaluation | FreeSpool | EndRun
+Effect = (
+    Send | Welcome | Part | MintMeshId | ForgetMesh | EndMint | RecordMetrics | RecordEvaluation | FreeSpool | EndRun
+)
 
 
 MOST_MERGED_BYTES = 8 << 20

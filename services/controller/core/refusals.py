@@ -83,6 +83,22 @@ def judge_registration(state: State, recipe: Recipe, register: Register) -> Refu
     if conflict is not None:
         expected, got = (f"{d.name}: {d.length} rows, fingerprint {d.fingerprint}" for d in conflict)
         return Refused("dataset", expected, got, "every service must read the same data: compare files and versions")
+    return _judge_device(state, recipe, register)
+
+
+def _judge_device(state: State, recipe: Recipe, register: Register) -> Refused | None:
+    if register.device is None and recipe.weights.backend == "nccl":
+        return Refused(
+            "nccl", 'a GPU for every rank (weights.backend = "nccl")', f"rank {register.rank} without one",
+            'start it where it sees a GPU, or set weights.backend = "auto" or "gloo"',
+        )  # fmt: skip
+    conflict = state.fleet.nccl_conflict(register)
+    if conflict is not None and register.device is not None:
+        other, version = conflict
+        return Refused(
+            "nccl", f"NCCL {version}, as {other.name} has", f"NCCL {register.device.nccl}",
+            "a communicator wants one version on all ranks: set weights.nccl_library to one file for all services",
+        )  # fmt: skip
     return None
 
 

@@ -44,10 +44,13 @@ def bounds(recipe: Recipe) -> Bounds:
 
 
 def of_rank(message: FormMesh, rank: int) -> FormMesh:
-    """The group of this rank, as the issued one is that of rank 0: the same replicas, rendezvous keys of its own."""
+    """The group of this rank, as the issued one is that of rank 0: the same replicas, and an id of its own."""
     issued = message.identity
     members = [MeshMember(member.replica, member.incarnation, rank) for member in issued.members]
-    unique_id = issued.unique_id + f"/{rank}".encode()
+    if issued.backend == "nccl":
+        unique_id = issued.further_ids[rank - 1]
+    else:
+        unique_id = issued.unique_id + f"/{rank}".encode()
     return msgspec.structs.replace(
         message, identity=msgspec.structs.replace(issued, members=members, unique_id=unique_id)
     )

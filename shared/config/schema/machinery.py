@@ -12,8 +12,11 @@ from shared.config.schema.base import LIVE, Positive, Seconds, Table
 class WeightsTable(Table):
     """[weights]: how weights travel to the engines."""
 
-    backend: Literal["gloo"] = "gloo"
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "gloo", description="what carries meshes; auto: NCCL where every member has a GPU of its own, else Gloo"
+    )
     interface: str = Field("lo", description="network interface that process groups use")
+    nccl_library: str = Field("", description="path of libnccl for all services (default: that of each environment)")
     every: Positive = Field(
         1,
         json_schema_extra=LIVE,
@@ -57,6 +60,7 @@ class TimeoutsTable(Table):
         description="the controller waits for a checkpoint, a policy for the one before the next",
     )
     mesh_s: Seconds = Field(20.0, description="members wait for a process group to form")
+    mint_s: Seconds = Field(10.0, description="the controller waits for the unique id of a mesh of NCCL")
     transfer_s: Seconds = Field(
         60.0, description="members wait for one operation on a mesh; the controller for a transfer"
     )

@@ -13,9 +13,10 @@ from msgspec import structs
 from services.controller.core.core import Core
 from services.controller.core.outcome import Gone
 from services.controller.journal import Journal
+from services.controller.minting import Minted, MintFailed
 from services.controller.outputs import Outputs
 from services.controller.recovery import DriftedJournal, open_run
-from services.controller.shell import Clock, MessageTooLarge, Shell
+from services.controller.shell import Clock, MessageTooLarge, Minting, Shell
 from services.controller.spool import Spool
 from shared.bus import Incoming, WireFault
 from shared.config import Recipe
@@ -24,6 +25,7 @@ from shared.messages import (
     Accepted,
     AnyMessage,
     ArrayHeader,
+    Device,
     Drain,
     Envelope,
     FormMesh,
@@ -99,7 +101,9 @@ class NotedBus:
 class Desk:
     """A shell over disks in memory; `turn` is one round of the server's loop."""
 
-    def __init__(self, folder: Path, tables: Recipe | None = None, before: Desk | None = None) -> None:
+    def __init__(
+        self, folder: Path, tables: Recipe | None = None, before: Desk | None = None, minter: Minting | None = None
+    ) -> None:
         self.recipe = tables or recipe()
         self.log: list[tuple[str, str]] = []
         self.journal_disk = before.journal_disk.after_crash() if before else MemoryDisk()
@@ -113,7 +117,7 @@ class Desk:
         self.bus = NotedBus(self.core.state.term + 1, self.log)
         clock = Clock(lambda: self.wall, lambda: self.steady)
         spool = Spool(self.spool_disk, BIG)
-        self.shell = Shell(self.core, self.journal, spool, Outputs(folder), self.bus, clock)
+        self.shell = Shell(self.core, self.journal, spool, Outputs(folder), self.bus, clock, minter)
         self.shell.begin("test")
         self.turn()
         self.sequences: Counter[bytes] = Counter()
@@ -603,3 +607,75 @@ def test_gone_is_on_record_before_anyone_is_told(tmp_path: Path) -> None:
     records = list(Journal(desk.journal_disk.after_crash(), BIG).replay())
     assert any(isinstance(fact, Gone) for record in records for fact in record.facts)
     assert b"rollout-0" not in desk.bus.open
+
+
+class ScriptedMinter:
+    """Mints when the test says so; notes what is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.forgotten: list[int] = []
+        self.words: list[Minted | MintFailed] = []
+
+    def mint(self, epoch: int, count: int) -> None:
+        self.asked.append((epoch, count))
+
+    def poll(self) -> list[Minted | MintFailed]:
+        words, self.words = self.words, []
+        return words
+
+    def forget(self, epoch: int) -> None:
+        self.forgotten.append(epoch)
+
+    def close(self) -> None:
+        pass
+
+
+def minting_desk(folder: Path) -> tuple[Desk, ScriptedMinter]:
+    """Two that have registered with GPUs; the id of their first mesh is asked for, and not there yet."""
+    minter = ScriptedMinter()
+    desk = Desk(folder, recipe(weights={"backend": "nccl"}), minter=minter)
+    for name in ("rollout-0", "policy-0"):
+        desk.register(name, device=Device(name, "2.32.3"))
+        desk.hear(name, StateLoaded(FIRST if name == "policy-0" else None))
+    desk.turn()
+    assert minter.asked == [(1, 1)]
+    assert not any(isinstance(message, FormMesh) for message in desk.to("policy-0"))
+    return desk, minter
+
+
+def test_members_of_an_nccl_mesh_are_told_when_its_id_has_been_minted(tmp_path: Path) -> None:
+    desk, minter = minting_desk(tmp_path)
+    minter.words = [Minted(1, "2.32.3", [b"the id"])]
+    desk.pass_time(0.1)
+    orders = [message for message in desk.to("policy-0") if isinstance(message, FormMesh)]
+    assert [order.identity.unique_id for order in orders] == [b"the id"]
+    assert minter.forgotten == []
+    for name in ("rollout-0", "policy-0"):
+        desk.hear(name, MeshFormed(1))
+    desk.turn()
+    assert minter.forgotten == [1], "nobody needs the minter any more"
+    desk.hear("policy-0", MeshFailed(1, "broke in use"))
+    desk.turn()
+    assert minter.forgotten == [1], "once"
+
+
+def test_a_mint_of_another_version_than_the_members_have_ends_the_attempt_with_both_named(tmp_path: Path) -> None:
+    desk, minter = minting_desk(tmp_path)
+    minter.words = [Minted(1, "2.30.7", [b"the id"])]
+    desk.pass_time(0.1)
+    causes = [message.cause for message in desk.to("policy-0") if isinstance(message, RevokeMesh)]
+    assert len(causes) == 1
+    assert "its members have NCCL 2.32.3, the controller has 2.30.7" in causes[0]
+    assert minter.forgotten == [1]
+
+
+def test_a_mint_that_failed_is_tried_again_under_a_new_epoch(tmp_path: Path) -> None:
+    desk, minter = minting_desk(tmp_path)
+    minter.words = [MintFailed(1, "no library")]
+    for _ in range(3):
+        for name in ("rollout-0", "policy-0"):
+            desk.hear(name, Heartbeat("waiting", 0))
+        desk.pass_time(1.0)
+    assert minter.asked == [(1, 1), (2, 1)]
+    assert minter.forgotten == [1]

@@ -51,6 +51,7 @@ from shared.messages import (
     CheckState,
     CommitStep,
     DatasetIdentity,
+    Device,
     FormMesh,
     GradientsReady,
     Grant,
@@ -143,6 +144,7 @@ class Model:
     wrong: str = ""
     datasets: list[DatasetIdentity] = field(default_factory=lambda: list(DATASETS))
     ranks: int = 1
+    devices: dict[int, Device] = field(default_factory=dict)
 
     def register(self, rank: int = 0) -> Register:
         """The introduction of a rank: leases in hand, and those whose report is still on its way."""
@@ -159,6 +161,7 @@ class Model:
             holds=self.holds if rank == 0 else None,
             leases=[LeaseRef(*key) for key in sorted(keys)] if rank == 0 else [],
             datasets=self.datasets,
+            device=self.devices.get(rank),
         )
 
     def take(self, message: AnyMessage) -> list[ReplicaMessage]:
@@ -537,7 +540,8 @@ class World:
                 for answer in model.take(effect.message):
                     self.send(model, answer)
             case MintMeshId():
-                self.step(MeshIdMinted(at=self.now, epoch=effect.epoch, unique_id=b"id %d" % effect.epoch))
+                first, *further = (b"id %d" % effect.epoch + b"/%d" % rank * (rank > 0) for rank in range(effect.count))
+                self.step(MeshIdMinted(at=self.now, epoch=effect.epoch, unique_id=first, further_ids=further))
             case RecordMetrics():
                 self.metrics.append(effect.line)
             case RecordEvaluation():

@@ -171,6 +171,21 @@ def test_the_doctor_names_what_is_missing_and_how_to_get_it(orrery: Orrery, monk
     assert "until this is mended: torch" in shown.output and "pip install 'orrery[wandb]'" in shown.output
 
 
+def test_the_doctor_tells_which_nccl_there_is_or_how_to_get_one(
+    orrery: Orrery, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Loaded:
+        version, path = "2.32.3", "/there/libnccl.so.2"
+
+    monkeypatch.setattr(machine, "open_library", lambda path: Loaded)
+    assert "2.32.3 at /there/libnccl.so.2" in orrery("doctor").output
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "find", lambda: str(tmp_path / "absent.so"))
+    shown = orrery("doctor")
+    assert shown.exit_code == 0, "runs work without"
+    assert "weights.nccl_library" in shown.output and "absent.so" in shown.output
+
+
 def test_meshes_of_a_run_without_a_controller_cannot_be_listed(tmp_path: Path, orrery: Orrery) -> None:
     shown = orrery("mesh", "ls", str(make_run(tmp_path / "run")))
     assert shown.exit_code == 1 and "no controller that answers" in shown.output

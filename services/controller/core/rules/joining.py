@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from services.controller.core.fleet import Replica
 from services.controller.core.joining import Comparison, Join, Torn
-from services.controller.core.meshes import RETRY_MOST_S, RETRY_S, Mesh, Purpose
-from services.controller.core.outcome import CaughtUp, Compared, MintMeshId
+from services.controller.core.meshes import RETRY_MOST_S, RETRY_S
+from services.controller.core.outcome import CaughtUp, Compared
+from services.controller.core.rules.forming import begin_mesh
 from services.controller.core.rules.losing import anyone_holds
 from services.controller.core.rules.members import gradients_mesh, members, same
 from services.controller.core.rules.syncing import revoke_mesh
@@ -105,7 +106,7 @@ def _form_gradients(turn: Turn) -> bool:
     group = members(turn)
     if len(group) < 2 or not all(replica.confirmed for replica in group) or gradients_mesh(turn, group) is not None:
         return False
-    turn.state.joining.gradients.append(_begin(turn, "gradients", group).epoch)
+    turn.state.joining.gradients.append(begin_mesh(turn, "gradients", group).epoch)
     return True
 
 
@@ -123,8 +124,8 @@ def _begin_join(turn: Turn) -> bool:
     joiner = next((replica for replica in stale if replica.name > joining.last), stale[0])
     source = group[-1]  # the first one has the checkpoints to write
     joining.last = joiner.name
-    state_mesh = _begin(turn, "state", [source, joiner])
-    gradients = _begin(turn, "gradients", [*group, joiner])
+    state_mesh = begin_mesh(turn, "state", [source, joiner])
+    gradients = begin_mesh(turn, "gradients", [*group, joiner])
     joining.gradients.append(gradients.epoch)
     joining.join = Join(joiner.name, source.name, gradients.members, state_mesh.epoch, gradients.epoch)
     return True
@@ -283,11 +284,3 @@ def _pause(turn: Turn) -> None:
     joining = turn.state.joining
     joining.not_before = turn.state.now + min(RETRY_S * 2**joining.failures, RETRY_MOST_S)
     joining.failures += 1
-
-
-def _begin(turn: Turn, purpose: Purpose, group: list[Replica]) -> Mesh:
-    state = turn.state
-    until = state.now + turn.recipe.timeouts.mesh_s
-    mesh = state.meshes.begin(purpose, turn.recipe.weights.backend, [replica.member for replica in group], until)
-    turn.effect(MintMeshId(mesh.epoch, mesh.backend))
-    return mesh

@@ -12,7 +12,8 @@ from itertools import islice
 
 from services.controller.core.fleet import Replica
 from services.controller.core.meshes import Mesh
-from services.controller.core.outcome import ForgetMesh, MintMeshId, Synced
+from services.controller.core.outcome import ForgetMesh, Synced
+from services.controller.core.rules.forming import begin_mesh
 from services.controller.core.rules.judging import gating_round_due, round_due
 from services.controller.core.rules.leasing import give_back
 from services.controller.core.state import Turn
@@ -181,11 +182,7 @@ def _meet(turn: Turn, source: Replica, receiver: Replica) -> None:
     state.weights.publish(_published(turn), state.now)
     for name in (source.name, receiver.name):
         _drop_idle(turn, name)
-    until = state.now + turn.recipe.timeouts.mesh_s
-    members = [source.member, receiver.member]
-    mesh = state.meshes.begin("weights", turn.recipe.weights.backend, members, until)
-    _pair_up(turn, mesh, source, receiver)
-    turn.effect(MintMeshId(mesh.epoch, mesh.backend))
+    _pair_up(turn, begin_mesh(turn, "weights", [source, receiver]), source, receiver)
 
 
 def _start(turn: Turn, mesh: Mesh, source: Replica, receiver: Replica) -> None:
