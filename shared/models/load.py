@@ -124,7 +124,11 @@ def load_model(model: ModelTable, seed: int, *, weights: bool) -> PreTrainedMode
 
 def load_skeleton(model: ModelTable) -> PreTrainedModel:
     """The model without any memory for its weights: names, types, shapes and configuration."""
-    config = load_config(model)
+    return skeleton_of(load_config(model), model)
+
+
+def skeleton_of(config: PretrainedConfig, model: ModelTable) -> PreTrainedModel:
+    """The same of a configuration that is at hand."""
     with torch.device("meta"):
         skeleton = _class_of(config).from_config(
             config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
