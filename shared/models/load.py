@@ -121,7 +121,11 @@ def load_skeleton(model: ModelTable) -> PreTrainedModel:
 
     What no file has, since it follows from the configuration (rotary frequencies), is there and on the CPU.
     """
-    config = load_config(model)
+    return skeleton_of(load_config(model), model)
+
+
+def skeleton_of(config: PretrainedConfig, model: ModelTable) -> PreTrainedModel:
+    """The same of a configuration that is at hand."""
     with torch.device("meta"):
         skeleton = _class_of(config).from_config(
             config,
