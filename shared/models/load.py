@@ -121,7 +121,11 @@ def load_skeleton(model: ModelTable) -> PreTrainedModel:
 
     What no file has, since it follows from the configuration (rotary frequencies), is there and on the CPU.
     """
-    return skeleton_of(load_config(model), model)
+    skeleton = skeleton_of(load_config(model), model)
+    if model.path is not None:
+        with suppress(OSError):  # a model need not have one
+            skeleton.generation_config = GenerationConfig.from_pretrained(checked_path(model, weights=False))
+    return skeleton
 
 
 def skeleton_of(config: PretrainedConfig, model: ModelTable) -> PreTrainedModel:
@@ -140,9 +144,6 @@ def skeleton_of(config: PretrainedConfig, model: ModelTable) -> PreTrainedModel:
     for parameter in skeleton.parameters():
         parameter._is_hf_initialized = True  # transformers' own mark of what is not to be drawn
     skeleton.initialize_weights()
-    if model.path is not None:
-        with suppress(OSError):  # a model need not have one
-            skeleton.generation_config = GenerationConfig.from_pretrained(checked_path(model, weights=False))
     return skeleton.eval()
 
 
