@@ -139,7 +139,7 @@ async def _on_term(supervisor: Supervisor) -> None:
         found = await asyncio.to_thread(client.details, _job())
     except SlurmError:
         found = None  # cut off: whoever can be asked has another supervisor by now, or will
-    if found is not None and found.state == "CANCELLED":
+    if found is not None and found.restarts <= int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         log.warning("the job was cancelled: the replicas' jobs are too")
         supervisor.stop()
         supervisor.stop()
