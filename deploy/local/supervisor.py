@@ -29,6 +29,10 @@ EXIT_GAVE_UP = 1
 _LEAVE_S = 3.0
 
 
+Start = Callable[[ReplicaPlan, Path], ChildProcess]
+"""Starts a process, whose output goes to the file; OSError if that cannot be done."""
+
+
 @dataclass(frozen=True)
 class RestartRules:
     """How restarts are paced: the pause doubles from `first_s` to `most_s` with each restart in a row.
@@ -75,6 +79,7 @@ class Supervisor:
         *,
         ask: Ask,
         tell: Callable[[str], None],
+        start: Start = ChildProcess,
         rules: RestartRules | None = None,
     ) -> None:
         self.why = ""
@@ -86,6 +91,7 @@ class Supervisor:
         self._deadlines = deadlines
         self._ask = ask
         self._tell = tell
+        self._begin = start
         self._rules = rules or RestartRules()
         self._children: dict[str, ChildProcess] = {}
         self._replicas = WantedReplicas(plan.address, ask, self._start_keeper, self._dismiss)
@@ -160,7 +166,7 @@ class Supervisor:
             if self._is_final(plan, code):
                 return
             if plan.role != CONTROLLER and not self._replicas.wants(plan.replica):
-                await self._report_exit(plan, child.pid, code)
+                await self._report_exit(plan, child.known_as, code)
                 return
             gone_well = child.age_s >= self._rules.lived_s or self._progress() > progress
             restarts = 1 if gone_well else restarts + 1
@@ -169,7 +175,7 @@ class Supervisor:
                 return
             pause = 0.0 if code == EXIT_FENCED and restarts == 1 else self._rules.pause(restarts)
             self._tell(f"{plan.replica} ended ({describe_code(code)}): starting it again in {pause:.1f} s")
-            await asyncio.gather(asyncio.sleep(pause), self._report_exit(plan, child.pid, code))
+            await asyncio.gather(asyncio.sleep(pause), self._report_exit(plan, child.known_as, code))
 
     def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
         """A supervisor that loses a keeper to an error must not wait for ever for an outcome."""
@@ -178,7 +184,7 @@ class Supervisor:
 
     def _start(self, plan: ReplicaPlan) -> ChildProcess | None:
         try:
-            child = ChildProcess(plan, self._output(plan))
+            child = self._begin(plan, self._output(plan))
         except OSError as error:
             why = f"{plan.replica} cannot be started: {error} (command: {' '.join(plan.command)})"
             self._settle(_Outcome(EXIT_GAVE_UP, grace=False, why=why))
