@@ -1,6 +1,7 @@
 # Everything runs in .venv of this checkout, made from pyproject.toml and requirements.lock.
 PYTHON ?= python3
 RECIPE ?= recipes/quickstart.toml
+LAUNCHER ?= local
 ARGS ?=
 RUN ?=
 PIP_ARGS ?=
@@ -54,8 +55,8 @@ PYTEST = $(BIN)/python -m pytest -q
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-up: $(STAMP) $(ENGINE:%=env-%) ## run a recipe on this machine (RECIPE=recipes/quickstart.toml ENGINE=vllm ARGS="--set a.b=c")
-	@$(BIN)/orrery up $(RECIPE) $(ENGINE:%=--set rollout.engine=%) $(ARGS)
+up: $(STAMP) $(ENGINE:%=env-%) ## run a recipe (RECIPE=recipes/quickstart.toml LAUNCHER=local ENGINE=vllm ARGS="--set a.b=c")
+	@$(BIN)/orrery up $(RECIPE) --launcher $(LAUNCHER) $(ENGINE:%=--set rollout.engine=%) $(ARGS)
 
 down: $(STAMP) ## stop a run with a checkpoint (RUN=runs/latest)
 	@$(BIN)/orrery down $(RUN) $(ARGS)

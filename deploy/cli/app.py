@@ -17,6 +17,7 @@ from deploy.cli import (
     logs,
     mesh,
     model,
+    plan,
     report,
     run,
     samples,
@@ -43,6 +44,7 @@ app.command("set")(hyperparameters.set_)
 app.command("get")(hyperparameters.get)
 app.command("history")(hyperparameters.history)
 app.command("revert")(hyperparameters.revert)
+app.command("plan")(plan.plan)
 app.command("logs")(logs.logs)
 app.command("audit")(audit.audit)
 app.command("samples")(samples.samples)

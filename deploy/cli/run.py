@@ -1,4 +1,4 @@
-"""`orrery up`, `resume` and `down`: the life of a run on this machine. What takes time to import is imported late."""
+"""`orrery up`, `resume` and `down`: the life of a run. What takes time to import is imported late."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from typing import Annotated
 import typer
 
 from deploy.cli import console
+from deploy.cli.launchers import Launcher, check, start
 from deploy.cli.runs import RunArgument, find_run
 
+LauncherOption = Annotated[
+    Launcher | None, typer.Option("--launcher", "-l", help="what starts the processes (default: local)")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show what every process prints")]
 
 
@@ -20,23 +24,25 @@ def up(
     recipe: Annotated[Path, typer.Argument(help="TOML file that describes the run")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key")] = None,
     run_folder: Annotated[Path | None, typer.Option(help="where the run lives (default: runs/NAME-DATE-TIME)")] = None,
+    launcher: LauncherOption = None,
     verbose: Verbose = False,
 ) -> None:
-    """Run a recipe on this machine to its end."""
+    """Run a recipe to its end."""
     from deploy.checks.apart import look_apart
-    from deploy.cli.supervise import supervise
-    from deploy.local import check_environments, create_run
+    from deploy.local import create_run, note_launcher
     from shared.config import load_recipe
 
     checked = load_recipe(recipe, set_ or [])
-    check_environments(checked)
+    chosen = launcher or Launcher.local
+    check(chosen, checked)
     faults = look_apart(checked)
     for fault in faults:
         console.error(fault)
     if faults:
         raise typer.Exit(2)
     folder = create_run(checked, run_folder)
-    raise typer.Exit(supervise(checked, folder.absolute(), verbose))
+    note_launcher(folder, chosen.value)
+    raise typer.Exit(start(chosen, checked, folder.absolute(), verbose))
 
 
 def resume(
@@ -45,13 +51,15 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="change how a policy computes, say policy.parallel.fsdp=4"),
     ] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option("--launcher", "-l", help="what starts the processes (default: as last time)")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Go on with a run that was stopped or killed, or with one that 'orrery pause' holds back."""
     from deploy.cli.live.sources import ASK_S, ask_controller
     from deploy.cli.steer import tell
-    from deploy.cli.supervise import supervise
-    from deploy.local import RunLock, holder
+    from deploy.local import RunLock, holder, launcher_of, note_launcher
     from deploy.local.folder import change_recipe
     from shared.config import load_recipe
     from shared.messages import ResumeRun
@@ -63,7 +71,10 @@ def resume(
         return
     with RunLock(folder):
         recipe = change_recipe(folder, set_) if set_ else load_recipe(folder / "config.toml")
-    raise typer.Exit(supervise(recipe, folder, verbose))
+    chosen = launcher or Launcher(launcher_of(folder))
+    check(chosen, recipe)
+    note_launcher(folder, chosen.value)
+    raise typer.Exit(start(chosen, recipe, folder, verbose))
 
 
 def down(

@@ -1,7 +1,7 @@
 """A run on one machine: its folder, its processes, and the supervisor that keeps them alive."""
 
 from deploy.local.environments import check_environments
-from deploy.local.folder import RunBusyError, RunLock, create_run, holder, newest_run
+from deploy.local.folder import RunBusyError, RunLock, create_run, holder, launcher_of, newest_run, note_launcher
 from deploy.local.plan import plan_run
 from deploy.local.supervisor import EXIT_INTERRUPTED, Supervisor
 
@@ -13,6 +13,8 @@ __all__ = [
     "check_environments",
     "create_run",
     "holder",
+    "launcher_of",
     "newest_run",
+    "note_launcher",
     "plan_run",
 ]

@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 import deploy
+from deploy.plan import Environment
 from shared.config import Recipe, RecipeError
-from shared.config.schema import EngineName
 
 SOURCE = Path(deploy.__file__).resolve().parent.parent
 """The folder that holds services/ and shared/, and the engines' environments."""
 
 
-def python_for(engine: EngineName) -> str:
-    """The interpreter for a process with this engine; RecipeError if there is none."""
-    if engine == "transformers" or importlib.util.find_spec(engine) is not None:
+def python_for(engine: Environment) -> str:
+    """The interpreter of an environment: this one if it has what is wanted. RecipeError if there is none."""
+    if engine in ("controller", "transformers") or importlib.util.find_spec(engine) is not None:
         return sys.executable
     python = SOURCE / f".venv-{engine}" / "bin" / "python"
     if not os.access(python, os.X_OK):

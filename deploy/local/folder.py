@@ -17,6 +17,7 @@ from typing import Any
 from shared.config import Recipe, RecipeError, dump_recipe, load_recipe
 
 _LOCK = "supervisor.pid"
+_LAUNCHER = "launcher"
 CHANGEABLE = ("policy.parallel.", "policy.threads", "policy.micro_batch_tokens", "policy.gradient_checkpointing")
 """How a policy computes, not what: keys, or tables, that may differ from one start of a run to the next."""
 
@@ -88,6 +89,22 @@ def _leaves(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return found
+
+
+def note_launcher(folder: Path, name: str) -> None:
+    """Keep what starts this run's processes, for who goes on with it, or ends it."""
+    try:
+        (folder / _LAUNCHER).write_text(f"{name}\n", encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(folder, error) from error
+
+
+def launcher_of(folder: Path) -> str:
+    """What started this run's processes last: "local" where nothing else is noted."""
+    try:
+        return (folder / _LAUNCHER).read_text(encoding="utf-8").strip() or "local"
+    except FileNotFoundError:
+        return "local"
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -1,18 +1,19 @@
-"""How a run's processes are started on this machine: command and environment of each, by its name."""
+"""The launch plan on this machine: the Python of each process, an address on loopback, and who dies with whom."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.local.environments import SOURCE, python_for
+from deploy.plan import CONTROLLER, Place, Process, launch_plan
 from shared.config import Recipe
 from shared.service import PARENT_VARIABLE
 
-CONTROLLER = "controller"
+__all__ = ["CONTROLLER", "ReplicaPlan", "RunPlan", "plan_run", "start_of"]
 
 
 @dataclass(frozen=True)
@@ -42,35 +43,17 @@ def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
     """
     bind = _fixed_port(recipe.bus.bind)
     address = bind.replace("//0.0.0.0:", "//127.0.0.1:").replace("//*:", "//127.0.0.1:")
-    shared_options = ("--recipe", str(run_folder / "config.toml"), "--run-folder", str(run_folder))
-
-    threads = {
-        "policy": recipe.policy.threads,
-        "rollout": recipe.rollout.threads,
-        "evaluator": recipe.evaluator.threads,
-    }
-
-    def process(role: str, name: str, options: Iterable[str]) -> ReplicaPlan:
-        engine = recipe.rollout.engine_of(name) if role in ("rollout", "evaluator") else "transformers"
-        command = (python_for(engine), "-m", f"services.{role}", *shared_options, *options, "--replica", name)
-        return ReplicaPlan(name, role, command, _environment(threads.get(role, 1)))
-
-    def replica(name: str) -> ReplicaPlan:
-        return process(name.rpartition("-")[0], name, ("--controller", address))
-
-    return RunPlan(address, process(CONTROLLER, CONTROLLER, ("--bind", bind)), replica)
+    place = Place(str(run_folder / "config.toml"), str(run_folder), bind, address)
+    plan = launch_plan(recipe)
+    return RunPlan(address, start_of(plan.controller, place), lambda name: start_of(plan.replica(name), place))
 
 
-def _environment(threads: int) -> dict[str, str]:
+def start_of(process: Process, place: Place) -> ReplicaPlan:
+    """How a planned process is started by this one, and dies with it."""
     search = os.pathsep.join(part for part in (str(SOURCE), os.environ.get("PYTHONPATH", "")) if part)
-    return {
-        PARENT_VARIABLE: str(os.getpid()),
-        "PYTHONPATH": search,
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    variables = {PARENT_VARIABLE: str(os.getpid()), "PYTHONPATH": search, **process.variables}
+    command = (python_for(process.environment), *process.arguments(place))
+    return ReplicaPlan(process.name, process.role, command, variables)
 
 
 def _fixed_port(bind: str) -> str:

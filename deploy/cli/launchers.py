@@ -1,0 +1,34 @@
+"""What may start a run's processes. The launch plan is the same for all; a launcher decides how, and where."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.config import Recipe
+
+
+class Launcher(StrEnum):
+    """The names that a person gives."""
+
+    local = "local"
+
+
+def check(launcher: Launcher, recipe: Recipe) -> None:
+    """RecipeError for what the launcher could never start."""
+    match launcher:
+        case Launcher.local:
+            from deploy.local import check_environments
+
+            check_environments(recipe)
+
+
+def start(launcher: Launcher, recipe: Recipe, folder: Path, verbose: bool) -> int:
+    """Run what `folder` holds to its end, or to the end of a person's patience; the exit code."""
+    match launcher:
+        case Launcher.local:
+            from deploy.cli.supervise import supervise
+
+            return supervise(recipe, folder, verbose)
