@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from shared.bus.errors import KeysRefused
 from shared.config import Recipe, RecipeError, load_recipe
 from shared.telemetry import configure_logging, get_logger
 
@@ -109,6 +110,9 @@ def _run(role: str, main: Callable[[ServiceArguments], int], arguments: ServiceA
         code = main(arguments)
     except RecipeError as error:
         log.error("the recipe cannot be used", why=str(error))
+        return EXIT_RECIPE
+    except KeysRefused as error:
+        log.error("the keys of the bus cannot be used", why=str(error))
         return EXIT_RECIPE
     except KeyboardInterrupt:
         log.warning(f"{role} interrupted from the keyboard")

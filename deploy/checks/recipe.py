@@ -40,6 +40,7 @@ def look(recipe: Recipe, *, starting: bool = False) -> Findings:
     if recipe.policy.parallel.ranks > 1:
         _try(found, "policy.parallel", lambda: _layout(recipe, hub=starting))
     _try(found, "rewards", lambda: _rewards(recipe))
+    _try(found, "bus", lambda: _bus(recipe, starting))
     return found
 
 
@@ -74,6 +75,24 @@ def _try(found: Findings, what: str, check: Callable[[], str]) -> None:
         fault = text if what.partition(".")[2] in text or what in text else f"{what}: {text}"
         if fault not in found.faults:  # the model's look reads a row too
             found.faults.append(fault)
+
+
+def _bus(recipe: Recipe, starting: bool) -> str:
+    """Whether the controller may listen there; where it is about to, the keys of all that will run here too."""
+    from shared.bus import keys_place
+    from shared.bus.keys import PERSON, client_keys, controller_keys
+    from shared.bus.sockets import check_bind
+
+    place = keys_place(recipe.bus.keys)
+    check_bind(recipe.bus.bind, keys=place is not None)
+    if place is None:
+        return f"bus: {recipe.bus.bind}, without keys"
+    if starting:
+        controller_keys(place)
+        roles = ["policy", "rollout", *(["evaluator"] if recipe.judge == "evaluator" else [])]
+        for sender in (*(f"{role}-0" for role in roles), PERSON):
+            client_keys(place, sender)
+    return f"bus: {recipe.bus.bind}, with the keys of {place}"
 
 
 def _dataset(recipe: Recipe, name: str) -> str:

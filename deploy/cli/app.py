@@ -14,6 +14,7 @@ from deploy.cli import (
     doctor,
     eval,
     hyperparameters,
+    keys,
     logs,
     mesh,
     model,
@@ -54,6 +55,7 @@ app.command("doctor")(doctor.doctor)
 app.command("model")(model.model)
 app.add_typer(config.app, name="config")
 app.add_typer(mesh.app, name="mesh")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:
@@ -64,9 +66,10 @@ def main() -> None:
         _leave(error)
     except Exception as error:
         from deploy.local.folder import RunBusyError, RunFolderError
+        from shared.bus.errors import KeysRefused, TurnedAway
         from shared.config import RecipeError
 
-        if not isinstance(error, RecipeError | RunBusyError | RunFolderError):
+        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | KeysRefused | TurnedAway):
             raise
         _leave(error)
 

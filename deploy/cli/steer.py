@@ -20,17 +20,19 @@ RunOption = Annotated[str | None, typer.Option("--run", "-r", help="a run's fold
 
 def tell(folder: Path, message: AnyMessage) -> None:
     """Tell the run's controller and print what became of it; exit code 1 if it refuses or does not answer."""
-    from shared.bus import BusError, ask
+    from deploy.local.asking import ask_run
+    from shared.bus import BusError, TurnedAway
     from shared.bus.errors import Refusal
     from shared.messages import Accepted
 
     try:
-        address = (folder / "controller.address").read_text(encoding="utf-8").split()[0]
-        answer = ask(address, message, TELL_S)
+        answer = ask_run(folder, message, TELL_S)
     except Refusal as refusal:
         console.error(f"expected {refusal.expected}, got {refusal.got}; {refusal.advice}")
         raise typer.Exit(1) from None
-    except (OSError, IndexError, BusError):
+    except TurnedAway:
+        raise
+    except BusError:
         console.error(
             f"{folder.name} has no controller that answers within {TELL_S:g} s: is the run up ('orrery status')? "
             f"'orrery resume {folder.name}' starts it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
@@ -35,7 +36,7 @@ def supervise(recipe: Recipe, folder: Path, verbose: bool) -> int:
 
 async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tuple[int, str]:
     """The supervisor's exit code, and what went wrong."""
-    from shared.bus import ask
+    from shared.bus import ask, keys_place
 
     log = get_logger()
     outputs = _Outputs(folder / "logs")
@@ -47,7 +48,8 @@ async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tu
 
         times = recipe.timeouts
         deadlines = Deadlines(stop_s=times.step_s + times.checkpoint_s + times.exit_s, exit_s=times.exit_s)
-        supervisor = Supervisor(folder, plan, deadlines, ask=ask, tell=tell)
+        ask_controller = partial(ask, keys=keys_place(recipe.bus.keys))
+        supervisor = Supervisor(folder, plan, deadlines, ask=ask_controller, tell=tell)
         with MetricsWriters(folder, recipe, tell):
             running = asyncio.create_task(supervisor.run())
             while not running.done():

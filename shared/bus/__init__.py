@@ -4,8 +4,19 @@
 """
 
 from shared.bus.client import BusClient
-from shared.bus.errors import BindRefused, BusClosed, BusError, BusTimeout, Fenced, Refusal, WireFault
+from shared.bus.errors import (
+    BindRefused,
+    BusClosed,
+    BusError,
+    BusTimeout,
+    Fenced,
+    KeysRefused,
+    Refusal,
+    TurnedAway,
+    WireFault,
+)
 from shared.bus.instructions import Delivery
+from shared.bus.keys import keys_place
 from shared.bus.person import ask
 from shared.bus.router import RouterBus
 from shared.bus.router_sessions import Incoming
@@ -19,8 +30,11 @@ __all__ = [
     "Delivery",
     "Fenced",
     "Incoming",
+    "KeysRefused",
     "Refusal",
     "RouterBus",
+    "TurnedAway",
     "WireFault",
     "ask",
+    "keys_place",
 ]

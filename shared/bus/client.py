@@ -24,7 +24,8 @@ import zmq
 import zmq.asyncio
 
 from shared.bus import wire
-from shared.bus.errors import BusClosed, BusError, BusTimeout, Fenced, Refusal, WireFault
+from shared.bus.doorstep import Doorstep
+from shared.bus.errors import BusClosed, BusError, BusTimeout, Fenced, KeysRefused, Refusal, WireFault
 from shared.bus.instructions import (
     Answer,
     Deliver,
@@ -36,6 +37,7 @@ from shared.bus.instructions import (
     Rejected,
     Transmit,
 )
+from shared.bus.keys import client_keys, keys_place
 from shared.bus.pulse import Pulse
 from shared.bus.session import Phase, ReplicaSession
 from shared.bus.sockets import configure_dealer, max_bytes, send_now
@@ -85,7 +87,8 @@ class BusClient:
     ) -> None:
         """`nonce` is that of the replica's start, which its ranks share; rank 0, or whoever starts them all, draws it.
 
-        `context` is needed for `inproc://` addresses, which join sockets of one context only.
+        `context` is needed for `inproc://` addresses, which join sockets of one context only. KeysRefused for a key
+        that cannot be used.
         """
         if address.startswith("inproc://") and context is None:
             raise ValueError(f"{address!r} wants the zmq.Context that the controller's socket lives in: pass `context`")
@@ -95,6 +98,9 @@ class BusClient:
         nonce = secrets.randbits(63) if nonce is None else nonce
         self.passport = Passport(role, replica, rank, world, nonce, os.getpid(), network.gethostname(), tuple(datasets))
         self._identity = f"{replica}/{rank}/{nonce:x}".encode()
+        self._keys_place = keys_place(settings.keys)
+        self._keys = client_keys(self._keys_place, replica) if self._keys_place is not None else None
+        self._turned_away = ""
         self._standing = Standing()
         self._session = ReplicaSession(
             self.passport,
@@ -140,9 +146,10 @@ class BusClient:
             welcome, end = self._welcome, self._end
         if welcome is None:
             self.close()
+            why = self._turned_away or "got nothing; check that the controller runs and that the address is right"
             raise end or BusTimeout(
                 f"{self._who} waited {timeout_s:g} s for the controller at {self.address} to answer Register: "
-                "expected Registered, got nothing; check that the controller runs and that the address is right"
+                f"expected Registered, {why}"
             )
         return welcome
 
@@ -320,6 +327,7 @@ class BusClient:
                 if self._receiving.done():
                     self._receiving.result()
                 now = time.monotonic()
+                self._look_at_the_doorstep()
                 # A silent connection may be one that will never speak again (inproc never reconnects by itself).
                 if now - max(connected_at, session.heard_at) > settings.lost_after_s:
                     self._disconnect()
@@ -336,12 +344,26 @@ class BusClient:
         self._socket = zmq.asyncio.Context(self._context).socket(zmq.DEALER)
         configure_dealer(self._socket, self.settings)
         self._socket.set(zmq.ROUTING_ID, self._identity)
+        if self._keys_place is not None:
+            with contextlib.suppress(KeysRefused):  # the one before may still do
+                self._keys = client_keys(self._keys_place, self.passport.replica)
+        if self._keys is not None:
+            self._keys.configure(self._socket)
+        self._doorstep = Doorstep(self._context, self._socket)
         self._socket.connect(self.address)
         self._receiving = self._loop.create_task(self._receive_forever(self._socket))
 
     def _disconnect(self) -> None:
         self._receiving.cancel()
+        self._doorstep.close()
         self._socket.close(linger=0)
+
+    def _look_at_the_doorstep(self) -> None:
+        for failure in self._doorstep.failures():
+            why = f"its handshake failed: {failure.text}; compare the keys of both sides ('orrery keys list')"
+            if failure.final and why != self._turned_away:  # else it is tried again at once, as when a controller dies
+                logger.warning("this rank is not connected", cause=why)
+            self._turned_away = why
 
     async def _receive_forever(self, socket: zmq.asyncio.Socket) -> None:
         while True:
@@ -383,7 +405,9 @@ class BusClient:
                     else:
                         self._deliver(Delivery(refused))
                 case FencedOff(refused):
-                    logger.error("fenced off: another process is this replica now", cause=str(Refusal.of(refused)))
+                    logger.error(
+                        "fenced off: this process may not go on as this replica", cause=str(Refusal.of(refused))
+                    )
                     self._finish(Fenced.of(refused))
 
     def _open(self, registered: Registered, first: bool) -> None:

@@ -21,6 +21,17 @@ class BindRefused(BusError):
     """The address to listen on is not one that the bus may bind."""
 
 
+class KeysRefused(Exception):
+    """A key, or a list of keys, that cannot be used: missing, readable by others, malformed, or of somebody else.
+
+    No `BusError`: it shows before anything is connected, and no waiting or starting again mends it.
+    """
+
+
+class TurnedAway(BusError):
+    """The connection did not get through the handshake: its key is not on the list, or one side alone has keys."""
+
+
 class _Named(BusError):
     """An error that carries the four parts of a `Refused` message."""
 
@@ -46,7 +57,10 @@ class Refusal(_Named):
 
 
 class Fenced(Refusal):
-    """The controller has given this replica to a newer process: this one must end without doing anything more."""
+    """The controller has given this replica to a newer process, or taken its key off the list.
+
+    This one must end without doing anything more.
+    """
 
 
 class WireFault(_Named):

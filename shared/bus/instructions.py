@@ -63,7 +63,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class FencedOff:
-    """A newer process is this replica now."""
+    """A newer process is this replica now, or this one's key is no longer on the controller's list."""
 
     refused: Refused
 

@@ -1,7 +1,8 @@
 """The controller's end of the bus: one ROUTER socket under the sessions of `RouterSessions`.
 
 Lives in the controller's own asyncio loop; only its shell calls it. Invariants: bytes from the network never raise out
-of `recv`, a dead or slow peer never raises out of `send`.
+of `recv`, a dead or slow peer never raises out of `send`; with keys, nothing is heard of who has none on the list, or
+claims to be somebody else than the key's name.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import zmq
 
 from shared.bus import wire
 from shared.bus.errors import BindRefused, BusClosed, WireFault
+from shared.bus.gate import Gate, Handshakes, public_key
+from shared.bus.keys import controller_keys, keys_place
 from shared.bus.router_sessions import Incoming, RouterSessions
 from shared.bus.sockets import as_frames, check_bind, configure_router, max_bytes
 from shared.bus.wire import Frames
@@ -33,10 +37,13 @@ class RouterBus(RouterSessions):
     """See the module."""
 
     def __init__(self, bind: str, *, term: int, settings: BusTable, context: zmq.Context | None = None) -> None:
-        """`context` is needed for `inproc://` addresses only."""
+        """`context` is needed for `inproc://` addresses only. BindRefused, or KeysRefused for keys of no use."""
         super().__init__(term, settings, self._put, time.monotonic)
-        check_bind(bind)
+        place = keys_place(settings.keys)
+        check_bind(bind, keys=place is not None)
         self.address = bind
+        self._gate = Gate(controller_keys(place), self.counters) if place is not None else None
+        self._handshakes: Handshakes | None = None
         self._max_bytes = max_bytes(settings)
         self._context = context or zmq.Context()
         self._own_context = context is None
@@ -49,6 +56,9 @@ class RouterBus(RouterSessions):
         """Bind and begin to resend; returns the address to connect to, with the real port. BindRefused if taken."""
         self._socket = self._context.socket(zmq.ROUTER)
         configure_router(self._socket, self._settings)
+        if self._gate is not None:
+            self._gate.open(self._context, self._socket)
+        self._handshakes = Handshakes(self._context, self._socket, self.counters)
         try:
             self._socket.bind(self.address)
         except zmq.ZMQError as error:
@@ -68,6 +78,10 @@ class RouterBus(RouterSessions):
             asyncio.get_running_loop().remove_reader(self._socket.FD)
             self._resending.cancel()
             await asyncio.gather(self._resending, return_exceptions=True)
+        if self._handshakes is not None:
+            self._handshakes.close()
+        if self._gate is not None:
+            self._gate.close()
         if self._socket is not None:
             with contextlib.suppress(zmq.ZMQError):  # not bound
                 self._socket.unbind(self.address)  # closing alone frees the address only some time later
@@ -97,11 +111,23 @@ class RouterBus(RouterSessions):
             try:
                 envelope, frames = wire.decode([part.buffer for part in parts[1:]], self._max_bytes)
             except WireFault as fault:
-                self.hear_fault(peer, fault)
+                if not self._is_impostor(parts, peer, None):
+                    self.hear_fault(peer, fault)
+                continue
+            if self._is_impostor(parts, peer, envelope):
                 continue
             incoming = self.hear(peer, envelope, frames)
             if incoming is not None:
                 return incoming
+
+    def _is_impostor(self, parts: Sequence[zmq.Frame], peer: bytes, envelope: Envelope | None) -> bool:
+        """Whether a message claims to be of somebody whom its connection's key does not stand for; it is refused."""
+        if self._gate is None:
+            return False
+        refusal = self._gate.refusal(public_key(parts[0]), peer, envelope)
+        if refusal is not None:
+            self.turn_away(peer, refusal, envelope)
+        return refusal is not None
 
     async def _receive(self, socket: zmq.Socket[bytes]) -> list[zmq.Frame]:
         """The next message. Not through zmq.asyncio, whose futures cost several times what a message does here."""
@@ -130,3 +156,5 @@ class RouterBus(RouterSessions):
         while True:
             await asyncio.sleep(self._settings.resend_s / TICKS)
             self.resend()
+            if self._gate is not None:
+                self._gate.look()

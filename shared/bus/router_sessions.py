@@ -254,6 +254,17 @@ class RouterSessions:
         if fault.body_type != "refused":
             self.send(peer, fault.as_message(), reply_to=fault.request)
 
+    def turn_away(self, peer: bytes, refusal: Refused, envelope: Envelope | None) -> None:
+        """Refuse a message that its connection's key does not fit; None for one that did not decode."""
+        if envelope is not None:
+            self._refuse(peer, envelope, refusal)
+        else:
+            self.counters[refusal.fault] += 1
+            self.send(peer, refusal)
+        count = self.counters[refusal.fault]
+        if count & (count - 1) == 0:
+            logger.warning("refused", peer=repr(peer), fault=refusal.fault, got=refusal.got, count=count)
+
     def _take_register(self, peer: bytes, session: _Session | None, envelope: Envelope) -> Incoming | None:
         """Hand a Register up, unless it repeats the one that opened the session: then repeat the welcome.
 

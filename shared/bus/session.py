@@ -235,7 +235,7 @@ class ReplicaSession:
         self.counters["refused_" + refused.fault] += 1
         if reply_to and reply_to < self._register_request and reply_to not in self._questions:
             return []  # it answers something said before this registration: that session is over anyway
-        if refused.fault == "incarnation":
+        if refused.fault in ("incarnation", "key"):
             self.phase = Phase.FENCED
             return [FencedOff(refused)]
         if refused.fault in ("term", "unknown_sender"):

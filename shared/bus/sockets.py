@@ -10,6 +10,7 @@ import zmq
 import zmq.asyncio
 
 from shared.bus.errors import BindRefused
+from shared.bus.keys import VARIABLE
 
 if TYPE_CHECKING:
     import asyncio
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 RECONNECT_MS = 100
 RECONNECT_MOST_MS = 2000
+CURVE_BYTES = 64
+"""What encryption adds to a frame, rounded up."""
 
 
 def configure(socket: zmq.Socket, settings: BusTable) -> None:
@@ -28,7 +31,7 @@ def configure(socket: zmq.Socket, settings: BusTable) -> None:
     socket.set(zmq.SNDHWM, 2 * settings.window)
     socket.set(zmq.RCVHWM, 2 * settings.window)
     # Per frame, and by cutting the connection: shared.bus.wire refuses the message's total by name before that.
-    socket.set(zmq.MAXMSGSIZE, max_bytes(settings))
+    socket.set(zmq.MAXMSGSIZE, max_bytes(settings) + CURVE_BYTES)
     socket.set(zmq.HEARTBEAT_IVL, max(1, round(1000 * settings.heartbeat_s)))
     socket.set(zmq.HEARTBEAT_TIMEOUT, max(1, round(1000 * settings.lost_after_s)))
 
@@ -65,18 +68,21 @@ def max_bytes(settings: BusTable) -> int:
     return settings.max_message_mb << 20
 
 
-def check_bind(address: str) -> None:
-    """BindRefused unless `address` can be reached from this machine (or process) only."""
+def check_bind(address: str, *, keys: bool) -> None:
+    """BindRefused unless only this machine (or process) can reach `address`, or whoever connects must show a key."""
     scheme, _, rest = address.partition("://")
+    if scheme == "inproc" and rest and keys:
+        raise BindRefused(f"the controller was to listen on {address!r} with keys: CURVE needs tcp:// or ipc://")
     if scheme in ("inproc", "ipc") and rest:
         return
-    host = rest.rpartition(":")[0].strip("[]")
-    if scheme == "tcp" and (host == "localhost" or _is_loopback(host)):
+    host, _, port = rest.rpartition(":")
+    host = host.strip("[]")
+    if scheme == "tcp" and host and port and (keys or host == "localhost" or _is_loopback(host)):
         return
     raise BindRefused(
-        f"the controller was to listen on {address!r}: expected a loopback address such as tcp://127.0.0.1:* "
-        "(or ipc://, inproc://), because connections carry no keys yet and anyone who reaches the port could steer "
-        "the run; set bus.bind to a loopback address"
+        f"the controller was to listen on {address!r}: expected a loopback address such as tcp://127.0.0.1:*, or keys, "
+        "because anyone who reaches the port could steer the run; run 'orrery keys make' and give its folder as "
+        f"bus.keys or {VARIABLE}, or set bus.bind to a loopback address"
     )
 
 

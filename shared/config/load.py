@@ -102,7 +102,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _anchor(tree: dict[str, Any], folder: Path) -> None:
-    """Modules of rewards are looked for beside the recipe, wherever the run's own copy of it will lie."""
+    """Modules of rewards are looked for beside the recipe, wherever the run's own copy of it will lie; keys where the
+    command runs.
+    """
+    bus = tree.get("bus")
+    if isinstance(bus, dict) and isinstance(bus.get("keys"), str):
+        bus["keys"] = str(Path(bus["keys"]).expanduser().absolute())
     rewards = tree.get("rewards")
     parts = rewards.get("parts") if isinstance(rewards, dict) else None
     for part in parts if isinstance(parts, list) else []:

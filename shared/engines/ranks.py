@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from shared.bus import BusClient, BusError
+from shared.bus import BusClient, BusError, keys_place
 from shared.config.schema import BusTable
 from shared.messages import Role
 from shared.service import EXIT_FENCED
@@ -41,9 +41,13 @@ class _Invitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def invitation(client: BusClient, welcome_s: float) -> bytes:
-    """What the workers of rank 0 need to join its replica (JSON); they wait `welcome_s` for the controller."""
+    """What the workers of rank 0 need to join its replica (JSON); they wait `welcome_s` for the controller.
+
+    It says where the keys lie, not what they are: engines hand it on by channels of their own.
+    """
     me = client.passport
-    bus = client.settings.model_dump()
+    place = keys_place(client.settings.keys)
+    bus = client.settings.model_dump() | {"keys": None if place is None else str(place)}
     return msgspec.json.encode(_Invitation(client.address, me.role, me.replica, me.world, me.nonce, welcome_s, bus))
 
 

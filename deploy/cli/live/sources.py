@@ -6,6 +6,7 @@ which the controller is asked for; a run without a controller shows what its fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -93,8 +94,12 @@ class Sources:
         self.picture.evaluations = read_evaluations(self._folder / "eval")
 
     def ask(self) -> bool:
-        """Ask the controller; False if it does not answer within ASK_S."""
-        status = ask_controller(self._folder, ASK_S)
+        """Ask the controller; False if it does not answer within ASK_S, or not to this person."""
+        from shared.bus import KeysRefused, TurnedAway
+
+        status = None
+        with contextlib.suppress(KeysRefused, TurnedAway):  # a view of the files is better than none
+            status = ask_controller(self._folder, ASK_S)
         if status is not None:
             self.picture.status, self._answered = status, time.monotonic()
         self.picture.silent_s = time.monotonic() - self._answered
@@ -102,12 +107,17 @@ class Sources:
 
 
 def ask_controller(run_folder: Path, timeout_s: float) -> dict[str, Any] | None:
-    """What the run's controller answers to StatusRequest; None if it has no address yet, or does not answer."""
-    from shared.bus import BusError, ask
+    """What the run's controller answers to StatusRequest; None if it has no address yet, or does not answer.
+
+    TurnedAway or KeysRefused for a person without a key that it takes.
+    """
+    from deploy.local.asking import ask_run
+    from shared.bus import BusError, TurnedAway
 
     try:
-        address = (run_folder / "controller.address").read_text(encoding="utf-8").split()[0]
-        answer = ask(address, StatusRequest(), timeout_s)
-    except (OSError, IndexError, BusError):
+        answer = ask_run(run_folder, StatusRequest(), timeout_s)
+    except TurnedAway:
+        raise
+    except BusError:
         return None
     return answer.run if isinstance(answer, Status) else None

@@ -30,6 +30,9 @@ class BusTable(Table):
     """[bus]: the control plane."""
 
     bind: str = Field("tcp://127.0.0.1:*", description="controller's address; off loopback is refused without keys")
+    keys: str | None = Field(
+        None, description="folder of keys ('orrery keys make'); the variable ORRERY_KEYS goes before it"
+    )
     heartbeat_s: Seconds = 1.0
     lost_after_s: Seconds = Field(10.0, description="silence after which a replica is lost")
     resend_s: Seconds = Field(1.0, description="an unacknowledged message is sent again after this")
