@@ -65,11 +65,12 @@ def main() -> None:
     except (RunNotFoundError, FileExistsError) as error:
         _leave(error)
     except Exception as error:
+        from deploy.compose.docker import DockerError
         from deploy.local.folder import RunBusyError, RunFolderError
         from shared.bus.errors import KeysRefused, TurnedAway
         from shared.config import RecipeError
 
-        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | KeysRefused | TurnedAway):
+        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | DockerError | KeysRefused | TurnedAway):
             raise
         _leave(error)
 

@@ -14,6 +14,7 @@ class Launcher(StrEnum):
     """The names that a person gives."""
 
     local = "local"
+    compose = "compose"
 
 
 def check(launcher: Launcher, recipe: Recipe) -> None:
@@ -23,6 +24,10 @@ def check(launcher: Launcher, recipe: Recipe) -> None:
             from deploy.local import check_environments
 
             check_environments(recipe)
+        case Launcher.compose:
+            from deploy.compose import check_images
+
+            check_images(recipe)
 
 
 def start(launcher: Launcher, recipe: Recipe, folder: Path, verbose: bool) -> int:
@@ -32,3 +37,8 @@ def start(launcher: Launcher, recipe: Recipe, folder: Path, verbose: bool) -> in
             from deploy.cli.supervise import supervise
 
             return supervise(recipe, folder, verbose)
+        case Launcher.compose:
+            from deploy.cli.supervise import supervise
+            from deploy.compose import containers
+
+            return supervise(recipe, folder, verbose, containers)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 CALL_S = 120.0
 """Longest time for one call, which creates, starts or removes containers; images are built elsewhere."""
 
 
-class DockerError(Exception):
+class DockerError(OSError):
     """Docker is not there, or refused; the text says what was expected, what came, what to do."""
 
 
 def docker(*arguments: str, timeout_s: float = CALL_S) -> str:
     """What `docker ARGUMENTS` prints; DockerError if it fails."""
     command = " ".join(("docker", *arguments))
+    # what a shell has set for Compose would go before what a run's own file says
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "ORRERY_"))}
     try:
         done = subprocess.run(
-            ("docker", *arguments), capture_output=True, text=True, timeout=timeout_s, check=False, process_group=0
+            ("docker", *arguments),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=environment,
+            process_group=0,
         )
     except FileNotFoundError:
         raise DockerError(

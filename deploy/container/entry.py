@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     except NamelessError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_RESTART)
+    pids = Path(arguments[arguments.index("--run-folder") + 1]) / "pids"
+    (pids / replica).write_text(str(os.getpid()), encoding="utf-8")
     gpus = gpus_of(recipe, replica)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
