@@ -2,7 +2,7 @@
 
 In the run folder: `compose.env` (the variables of compose.yaml, and which files make up the project) and `compose.json`
 (commands, variables and numbers from the launch plan; what the recipe reads from this machine's disk). With them,
-`docker compose --env-file RUN/compose.env ...` works by hand. Invariants: inside a container the run folder and whatever
+`docker compose --env-file RUN/compose.env ...` works by hand. Invariants: inside a container the run folder and what
 the recipe reads have the paths that they have outside, so that one recipe and one log are true on both sides; Compose
 alone creates containers, the supervisor alone starts them; no container is given the keys of another role.
 """
@@ -152,7 +152,6 @@ class Project:
         """Start a container, which is created first where a run has been scaled up."""
         if plan.role != CONTROLLER:
             self.create({container_of(self._recipe, plan.replica)})
-        (self._pids / plan.replica).unlink(missing_ok=True)
         return ContainerProcess(plan, output, self._pids)
 
     def down(self) -> None:
