@@ -70,7 +70,7 @@ async def _supervise(recipe: Recipe, folder: Path, launch: int) -> tuple[int, st
         Deadlines(stop_s=times.step_s + times.checkpoint_s + times.exit_s, exit_s=times.exit_s),
         ask=partial(_ask, folder),
         tell=log.info,
-        spawn=partial(_spawn, recipe, folder, board),
+        start=partial(_start, recipe, folder, board),
     )
     looking = asyncio.create_task(board.run())
     with MetricsWriters(folder, recipe, log.warning):
@@ -106,7 +106,7 @@ def _ask(folder: Path, _address: str, message: AnyMessage, timeout_s: float) -> 
     return ask_run(folder, message, timeout_s)
 
 
-def _spawn(recipe: Recipe, folder: Path, board: Board, plan: ReplicaPlan, output: Path) -> Child:
+def _start(recipe: Recipe, folder: Path, board: Board, plan: ReplicaPlan, output: Path) -> Child:
     if plan.role == CONTROLLER:
         return ChildProcess(plan, output)
     process = launch_plan(recipe).replica(plan.replica)

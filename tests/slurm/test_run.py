@@ -29,7 +29,7 @@ SETS = {
     "rollout.replicas": "2",
     "evaluator.engine": "own",
     "evaluation.every": "50",
-    "train.batches": "1300",
+    "train.batches": "1800",
     "checkpoint.every": "50",
     "weights.interface": "eth0",
     "timeouts.transfer_s": "10.0",
