@@ -23,6 +23,7 @@ BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900
 TABLE_BUDGET ?= 3600
 LIVE_BUDGET ?= 7200
+COMPOSE_BUDGET ?= 1200
 
 # of `make chaos`, `make controller-kills`, `make elastic`: how many of each role, and what is done to them
 POLICIES ?=
@@ -50,12 +51,13 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slow test-compose images wheelhouse gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-up: $(STAMP) $(ENGINE:%=env-%) ## run a recipe (RECIPE=recipes/quickstart.toml LAUNCHER=local ENGINE=vllm ARGS="--set a.b=c")
+# what an engine runs in: its image where the launcher uses containers, else its environment
+up: $(STAMP) $(if $(filter compose,$(LAUNCHER)),images,$(ENGINE:%=env-%)) ## run a recipe (RECIPE=recipes/quickstart.toml LAUNCHER=local ENGINE=vllm ARGS="--set a.b=c")
 	@$(BIN)/orrery up $(RECIPE) --launcher $(LAUNCHER) $(ENGINE:%=--set rollout.engine=%) $(ARGS)
 
 down: $(STAMP) ## stop a run with a checkpoint (RUN=runs/latest)
@@ -78,6 +80,9 @@ test-integration: $(STAMP) ## tests with real service processes
 test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held to the same contract (ENGINES="vllm" ARGS="-k update")
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(addprefix test-engine-,$(ENGINES))
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m "engines and not slow" tests/integration
+
+test-compose: $(STAMP) ## a run in real containers, with an own Docker daemon and images without a network (root, apt)
+	@$(BUDGETED) $(COMPOSE_BUDGET) $(PYTEST) tests/compose $(ARGS)
 
 test-engine-%:
 	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \
@@ -163,6 +168,18 @@ env-transformers: $(STAMP)
 env-vllm: $(VLLM_STAMP) ## vLLM with what a rollout needs, in .venv-vllm (3 GB)
 
 env-sglang: $(SGLANG_STAMP) ## SGLang with what a rollout needs, in .venv-sglang (3 GB)
+
+IMAGES ?= controller policy $(patsubst %,rollout-%,$(filter-out transformers,$(ENGINE)))
+images: ## build the images of LAUNCHER=compose (IMAGES="controller policy rollout-vllm")
+	@docker compose -f deploy/compose/compose.yaml build $(IMAGES)
+
+WHEELHOUSE := deploy/compose/wheelhouse
+wheelhouse: $(STAMP) ## wheels for images that are built without a network: ORRERY_PIP_ARGS=--no-index make images (ENGINE=vllm)
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c requirements.lock -w $(WHEELHOUSE) $(PIP_ARGS) \
+		'setuptools>=77' '.[controller,policy,rollout,math]'
+	@$(foreach engine,$(filter vllm sglang,$(ENGINE)),$(BIN)/python -m pip wheel --quiet --no-deps -w $(WHEELHOUSE) $(PIP_ARGS) \
+		-r $(ENVIRONMENTS)/$(engine)-cpu.lock;)
+	@rm -f $(WHEELHOUSE)/orrery-*.whl
 
 clean: ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) $(TRL_VENV) $(VLLM_VENV) $(SGLANG_VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

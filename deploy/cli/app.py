@@ -65,12 +65,14 @@ def main() -> None:
     except (RunNotFoundError, FileExistsError) as error:
         _leave(error)
     except Exception as error:
+        from deploy.compose.docker import DockerError
         from deploy.local.folder import RunBusyError, RunFolderError
         from deploy.slurm.client import SlurmError
         from shared.bus.errors import KeysRefused, TurnedAway
         from shared.config import RecipeError
 
-        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | KeysRefused | TurnedAway | SlurmError):
+        known = RecipeError | RunBusyError | RunFolderError | DockerError | SlurmError | KeysRefused | TurnedAway
+        if not isinstance(error, known):
             raise
         _leave(error)
 

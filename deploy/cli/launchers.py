@@ -15,6 +15,7 @@ class Launcher(StrEnum):
 
     local = "local"
     slurm = "slurm"
+    compose = "compose"
 
 
 def check(launcher: Launcher, recipe: Recipe) -> None:
@@ -28,6 +29,10 @@ def check(launcher: Launcher, recipe: Recipe) -> None:
             from deploy.slurm.launcher import check_recipe
 
             check_recipe(recipe)
+        case Launcher.compose:
+            from deploy.compose import check_images
+
+            check_images(recipe)
 
 
 def start(launcher: Launcher, recipe: Recipe, folder: Path, verbose: bool) -> int:
@@ -41,6 +46,11 @@ def start(launcher: Launcher, recipe: Recipe, folder: Path, verbose: bool) -> in
             from deploy.cli.slurm import submit_and_follow
 
             return submit_and_follow(recipe, folder, verbose)
+        case Launcher.compose:
+            from deploy.cli.supervise import supervise
+            from deploy.compose import containers
+
+            return supervise(recipe, folder, verbose, containers)
 
 
 def runner(folder: Path) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -14,27 +16,38 @@ from deploy.cli.live.display import Display
 from deploy.cli.report import summarise
 from deploy.local import RunLock, Supervisor, plan_run
 from deploy.local.plan import RunPlan
-from deploy.local.supervisor import Deadlines
+from deploy.local.process import ChildProcess
+from deploy.local.supervisor import Deadlines, Start
 from deploy.metrics import MetricsWriters
 from deploy.readers.lines import LineFollower
-from shared.config import Recipe
+from shared.config import Recipe, load_recipe
 from shared.telemetry import configure_logging, get_logger
 
 _LOOK_S = 0.25
 _PREFIX_COLOURS = ("cyan", "magenta", "yellow", "blue", "green")
 
 
-def supervise(recipe: Recipe, folder: Path, verbose: bool) -> int:
+Launch = Callable[[Recipe, Path], AbstractContextManager[tuple[RunPlan, Start]]]
+"""How a run's processes are started, for as long as it is supervised."""
+
+
+def on_this_machine(recipe: Recipe, folder: Path) -> AbstractContextManager[tuple[RunPlan, Start]]:
+    """Each process as a child of this one."""
+    return contextlib.nullcontext((plan_run(recipe, folder), ChildProcess))
+
+
+def supervise(recipe: Recipe, folder: Path, verbose: bool, launch: Launch = on_this_machine) -> int:
     """Run what `folder` holds to its end; the supervisor's exit code. RunBusyError if somebody else does."""
     with RunLock(folder):
         configure_logging(folder, "supervisor", "supervisor", console=False)
         console.note(f"run {folder.name} in {folder}")
-        code, why = asyncio.run(_run(recipe, folder, plan_run(recipe, folder), verbose))
+        with launch(recipe, folder) as (plan, start):
+            code, why = asyncio.run(_run(load_recipe(folder / "config.toml"), folder, plan, start, verbose))
     summarise(folder, code, why)
     return code
 
 
-async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tuple[int, str]:
+async def _run(recipe: Recipe, folder: Path, plan: RunPlan, start: Start, verbose: bool) -> tuple[int, str]:
     """The supervisor's exit code, and what went wrong."""
     from shared.bus import ask, keys_place
 
@@ -49,7 +62,7 @@ async def _run(recipe: Recipe, folder: Path, plan: RunPlan, verbose: bool) -> tu
         times = recipe.timeouts
         deadlines = Deadlines(stop_s=times.step_s + times.checkpoint_s + times.exit_s, exit_s=times.exit_s)
         ask_controller = partial(ask, keys=keys_place(recipe.bus.keys))
-        supervisor = Supervisor(folder, plan, deadlines, ask=ask_controller, tell=tell)
+        supervisor = Supervisor(folder, plan, deadlines, ask=ask_controller, tell=tell, start=start)
         with MetricsWriters(folder, recipe, tell):
             running = asyncio.create_task(supervisor.run())
             while not running.done():

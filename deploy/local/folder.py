@@ -49,7 +49,7 @@ def create_run(recipe: Recipe, folder: Path | None = None) -> Path:
         if folder is None:
             folder = _unused(Path(recipe.run.folder), recipe.run.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, folder)
+        keep_recipe(recipe, folder)
         _point_latest(folder)
     except OSError as error:
         raise RunFolderError(folder or Path(recipe.run.folder), error) from error
@@ -71,14 +71,14 @@ def change_recipe(folder: Path, overrides: Sequence[str]) -> Recipe:
                 f"only {', '.join(CHANGEABLE)} may change ('orrery set' changes live values of a run that is running)"
             )
     try:
-        write_recipe(recipe, folder)
+        keep_recipe(recipe, folder)
     except OSError as error:
         raise RunFolderError(folder, error) from error
     return recipe
 
 
-def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Make `recipe` that of the run in `folder`, which nobody runs now. OSError."""
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Replace the resolved recipe of a run folder, in one step."""
     partial = folder / "config.toml.partial"
     partial.write_text(dump_recipe(recipe), encoding="utf-8")
     partial.replace(folder / "config.toml")

@@ -56,12 +56,16 @@ def start_of(process: Process, place: Place) -> ReplicaPlan:
     return ReplicaPlan(process.name, process.role, command, variables)
 
 
+def free_port(host: str) -> int:
+    """A TCP port of an interface ("*": of all) that is free now."""
+    with socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET) as probe:
+        probe.bind(("" if host == "*" else host.strip("[]"), 0))
+        return int(probe.getsockname()[1])
+
+
 def _fixed_port(bind: str) -> str:
     """`bind` with its `*` port replaced by one that is free now."""
     host, colon, port = bind.removeprefix("tcp://").rpartition(":")
     if not bind.startswith("tcp://") or not colon or port != "*":
         return bind
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind(("" if host == "*" else host.strip("[]"), 0))
-        return f"tcp://{host}:{probe.getsockname()[1]}"
+    return f"tcp://{host}:{free_port(host)}"

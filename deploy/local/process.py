@@ -48,6 +48,11 @@ class ChildProcess:
         return self._ended.result() if self._ended.done() else None
 
     @property
+    def known_as(self) -> int:
+        """The process id with which the replica registers."""
+        return self.pid
+
+    @property
     def age_s(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.started
@@ -63,19 +68,25 @@ class ChildProcess:
 
     def kill_group(self) -> None:
         """Kill the process, if it still runs, and whatever it left behind."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._sweep()
 
     def let_go(self) -> None:
         """A process cannot be handed over: it dies with this one."""
 
     def _on_end(self) -> None:
         # leftovers go before the leader is reaped: until then nobody else can get its process group's number
-        self.kill_group()
-        code = self._popen.wait()
+        self._sweep()
+        code = self._code(self._popen.wait())
         asyncio.get_running_loop().remove_reader(self._watch)
         os.close(self._watch)
         self._ended.set_result(code)
+
+    def _sweep(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _code(self, status: int) -> int:
+        return status
 
 
 def describe_code(code: int) -> str:

@@ -61,7 +61,10 @@ class Child(Protocol):
     """Something that runs and ends: a process here (`ChildProcess`), or a job elsewhere."""
 
     plan: ReplicaPlan
-    pid: int
+
+    @property
+    def known_as(self) -> int:
+        """The process id with which the replica registers; 0 if that is not known here."""
 
     @property
     def code(self) -> int | None:
@@ -84,6 +87,10 @@ class Child(Protocol):
         """Somebody else looks after it from now on."""
 
 
+Start = Callable[[ReplicaPlan, Path], Child]
+"""Starts a process, whose output goes to the file; OSError if that cannot be done."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     code: int
@@ -104,8 +111,8 @@ class Supervisor:
         *,
         ask: Ask,
         tell: Callable[[str], None],
+        start: Start = ChildProcess,
         rules: RestartRules | None = None,
-        spawn: Callable[[ReplicaPlan, Path], Child] = ChildProcess,
     ) -> None:
         self.why = ""
         """What went wrong, in words for a person; known when `run` has returned, empty if nothing did."""
@@ -116,8 +123,8 @@ class Supervisor:
         self._deadlines = deadlines
         self._ask = ask
         self._tell = tell
+        self._begin = start
         self._rules = rules or RestartRules()
-        self._spawn = spawn
         self._children: dict[str, Child] = {}
         self._replicas = WantedReplicas(plan.address, ask, self._start_keeper, self._dismiss)
         self._outcome: asyncio.Future[_Outcome] | None = None
@@ -197,7 +204,7 @@ class Supervisor:
             if self._is_final(plan, code):
                 return
             if plan.role != CONTROLLER and not self._replicas.wants(plan.replica):
-                await self._report_exit(plan, child.pid, code)
+                await self._report_exit(plan, child.known_as, code)
                 return
             gone_well = child.age_s >= self._rules.lived_s or self._progress() > progress
             restarts = 1 if gone_well else restarts + 1
@@ -206,7 +213,7 @@ class Supervisor:
                 return
             pause = 0.0 if code == EXIT_FENCED and restarts == 1 else self._rules.pause(restarts)
             self._tell(f"{plan.replica} ended ({describe_code(code)}): starting it again in {pause:.1f} s")
-            await asyncio.gather(asyncio.sleep(pause), self._report_exit(plan, child.pid, code))
+            await asyncio.gather(asyncio.sleep(pause), self._report_exit(plan, child.known_as, code))
 
     def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
         """A supervisor that loses a keeper to an error must not wait for ever for an outcome."""
@@ -215,7 +222,7 @@ class Supervisor:
 
     def _start(self, plan: ReplicaPlan) -> Child | None:
         try:
-            child = self._spawn(plan, self._output(plan))
+            child = self._begin(plan, self._output(plan))
         except OSError as error:
             why = f"{plan.replica} cannot be started: {error} (command: {' '.join(plan.command)})"
             self._settle(_Outcome(EXIT_GAVE_UP, grace=False, why=why))

@@ -70,7 +70,7 @@ async def _supervise(recipe: Recipe, folder: Path, launch: int) -> tuple[int, st
         Deadlines(stop_s=times.step_s + times.checkpoint_s + times.exit_s, exit_s=times.exit_s),
         ask=partial(_ask, folder),
         tell=log.info,
-        spawn=partial(_spawn, recipe, folder, board),
+        start=partial(_start, recipe, folder, board),
     )
     looking = asyncio.create_task(board.run())
     with MetricsWriters(folder, recipe, log.warning):
@@ -106,7 +106,7 @@ def _ask(folder: Path, _address: str, message: AnyMessage, timeout_s: float) -> 
     return ask_run(folder, message, timeout_s)
 
 
-def _spawn(recipe: Recipe, folder: Path, board: Board, plan: ReplicaPlan, output: Path) -> Child:
+def _start(recipe: Recipe, folder: Path, board: Board, plan: ReplicaPlan, output: Path) -> Child:
     if plan.role == CONTROLLER:
         return ChildProcess(plan, output)
     process = launch_plan(recipe).replica(plan.replica)
@@ -139,7 +139,7 @@ async def _on_term(supervisor: Supervisor) -> None:
         found = await asyncio.to_thread(client.details, _job())
     except SlurmError:
         found = None  # cut off: whoever can be asked has another supervisor by now, or will
-    if found is not None and found.state == "CANCELLED":
+    if found is not None and found.restarts <= int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         log.warning("the job was cancelled: the replicas' jobs are too")
         supervisor.stop()
         supervisor.stop()

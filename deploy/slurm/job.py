@@ -67,7 +67,6 @@ class SlurmJob:
 
     def __init__(self, plan: ReplicaPlan, name: str, board: Board, submit: Callable[[], int], output: Path) -> None:
         self.plan = plan
-        self.pid = 0  # a process of another machine: the controller hears of its end by its silence
         self._name, self._board, self._submit, self._output = name, board, submit, output
         self._number = 0
         self._running_since: float | None = None
@@ -76,6 +75,11 @@ class SlurmJob:
         self._ended: asyncio.Future[int] = loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._begin(self._live())
+
+    @property
+    def known_as(self) -> int:
+        """Not known: a process of another machine. The controller hears of its end by its silence."""
+        return 0
 
     @property
     def code(self) -> int | None:

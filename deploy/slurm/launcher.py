@@ -8,7 +8,7 @@ from pathlib import Path
 from deploy.keys import make_keys
 from deploy.local import check_environments
 from deploy.local.environments import SOURCE, python_for
-from deploy.local.folder import RunBusyError, RunFolderError, write_recipe
+from deploy.local.folder import RunBusyError, RunFolderError, keep_recipe
 from deploy.plan import CONTROLLER
 from deploy.slurm import client
 from deploy.slurm.client import SlurmError
@@ -97,7 +97,7 @@ def _give_keys(recipe: Recipe, folder: Path) -> None:
     make_keys(folder / KEYS)
     bus = recipe.bus.model_copy(update={"keys": str(folder / KEYS)})
     try:
-        write_recipe(recipe.model_copy(update={"bus": bus}), folder)
+        keep_recipe(recipe.model_copy(update={"bus": bus}), folder)
     except OSError as error:
         raise RunFolderError(folder, error) from error
 

@@ -39,6 +39,7 @@ from shared.bus.instructions import (
     Transmit,
 )
 from shared.bus.keys import client_keys, keys_place
+from shared.bus.pulse import Pulse
 from shared.bus.session import Phase, ReplicaSession
 from shared.bus.sockets import configure_dealer, max_bytes, send_now
 from shared.bus.standing import Passport, Standing
@@ -118,6 +119,7 @@ class BusClient:
             lost_after_s=settings.lost_after_s,
             window=settings.window,
         )
+        self._pulse = Pulse.of_environment(settings.heartbeat_s) if rank == 0 else Pulse(None, 0.0)
         self._context = context or zmq.Context()
         self._own_context = context is None
         self._changed = threading.Condition()
@@ -347,6 +349,8 @@ class BusClient:
                     self._connect()
                     connected_at = now
                 self._carry_out(session.tick(now))
+                if session.phase is Phase.OPEN:
+                    self._pulse.heard(session.heard_at)
         finally:
             self._disconnect()
             await asyncio.gather(self._receiving, return_exceptions=True)

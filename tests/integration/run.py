@@ -132,10 +132,14 @@ class Run:
 
     def launch(self, *command: str, inside: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         """Any `python -m ...` of this run, alone; `inside` is what starts commands in a namespace."""
+        return self.begin(*inside, sys.executable, "-m", *command)
+
+    def begin(self, *command: str) -> subprocess.Popen[bytes]:
+        """Any command of this run."""
         environment = {**os.environ, MARK: self._mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with self.outputs.open("ab") as sink:
             process = subprocess.Popen(
-                [*inside, sys.executable, "-m", *command],
+                command,
                 cwd=self.folder.parent,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -32,14 +32,15 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
+# jobs are spread over the nodes
+SelectTypeParameters=CR_Core,CR_LLN
 ReturnToService=2
 SlurmdTimeout=5
 KillWait=10
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
-NodeName=n[1-$1] CPUs=8 RealMemory=16000
-PartitionName=test Nodes=n[1-$1] Default=YES State=UP OverSubscribe=FORCE:4
+NodeName=n[1-$1] CPUs=6 RealMemory=16000
+PartitionName=test Nodes=n[1-$1] Default=YES State=UP
 C
   {
     for number in $(seq 0 "$1"); do echo "$subnet.$((number + 1)) n$number"; done
@@ -95,7 +96,7 @@ case $action in
   on)
     node=$3
     shift 3
-    exec nsenter --target "$(first_process "$node")" --net --pid --mount --uts env SLURM_CONF="$folder/slurm.conf" "$@"
+    exec nsenter --target "$(first_process "$node")" --net --pid --mount --uts --wd="$PWD" env SLURM_CONF="$folder/slurm.conf" "$@"
     ;;
   crash) kill -9 "$(first_process "$3")" ;;
   cut) ip -n "$(namespace switch)" link set "p-$3" down ;;

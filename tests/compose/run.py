@@ -1,0 +1,81 @@
+"""A run in containers, for tests: started by `make up LAUNCHER=compose`, watched by its folder as any other run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.compose.project import project_name
+from tests.compose.engine import MAKE, ROOT, Engine, run
+from tests.integration.run import Run
+
+
+class ComposeRun(Run):
+    """Containers are named as people name them: `rollout-1` is the replica, not Compose's number."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        super().__init__(folder)
+        self._engine = engine
+        self.project = project_name(folder)
+
+    def up(self, recipe: Path, *sets: str) -> ComposeRun:
+        options = " ".join(f"--set {each}" for each in (*sets, f"bus.keys={self.folder.parent / 'keys'}"))
+        arguments = f"--run-folder {self.folder} {options}"
+        self.begin(*MAKE, "up", "LAUNCHER=compose", f"RECIPE={recipe}", f"ARGS={arguments}")
+        return self
+
+    def begin(self, *command: str) -> subprocess.Popen[bytes]:
+        os.environ.update(self._engine.environment)  # of this process and what it starts
+        return super().begin(*self._engine.inside, *command)
+
+    def orrery(self, *arguments: str) -> str:
+        """What `orrery ARGUMENTS` says, asked beside the run."""
+        environment = {"PYTHONPATH": str(ROOT), **self._engine.environment}
+        command = [*self._engine.inside, sys.executable, "-m", "deploy.cli", *arguments]
+        return run(command, environment, timeout_s=150)
+
+    def container(self, replica: str) -> str:
+        """The container of a replica of the transformers engine, or of the controller."""
+        role, _, number = replica.partition("-")
+        return f"{self.project}-{role}-{int(number or 0) + 1}"
+
+    def docker_kill(self, replica: str) -> None:
+        """`docker kill`: SIGKILL to all of the container, which Docker itself does not start again."""
+        self._engine.docker("kill", self.container(replica))
+
+    def containers(self) -> dict[str, str]:
+        """Docker's word on the state of each container, by name: "Up 3 seconds (healthy)"."""
+        shown = self._engine.docker(
+            "ps", "--all", "--filter", f"label=com.docker.compose.project={self.project}",
+            "--format", "{{.Names}}={{.Status}}",
+        )  # fmt: skip
+        return dict(line.split("=", 1) for line in shown.splitlines())
+
+    def healthy(self, *replicas: str) -> bool:
+        """Whether Docker finds the containers of these healthy."""
+        states = self.containers()
+        return all("(healthy)" in states.get(self.container(replica), "") for replica in replicas)
+
+    def inside(self, replica: str, *command: str) -> str:
+        """What a command prints in the container of a replica."""
+        return self._engine.docker("exec", self.container(replica), *command).strip()
+
+    def incarnations(self) -> dict[str, int]:
+        """The last incarnation of every replica."""
+        return {fact["replica"]: fact["incarnation"] for fact in self.facts("joined")}
+
+    def close(self) -> None:
+        super().close()
+        for container in self.containers():
+            self._engine.docker("rm", "--force", container)
+
+    def story(self) -> str:
+        logs = []
+        for name, state in self.containers().items():
+            with contextlib.suppress(AssertionError):
+                said = self._engine.docker("inspect", "--format", "{{json .State}}", name)
+                logs.append(f"--- {name}: {state}\n{said}")
+        return "\n".join([super().story(), *logs])
