@@ -107,7 +107,8 @@ def restore(trainer: Trainer, head: Head, tensors: Mapping[str, Tensor]) -> None
     for name, tensor in tensors.items():
         kind = name.partition("/")[0] + "/"
         if name != RANDOM and (parameter := parameter_of(name)) in own:
-            found[kind][name.removeprefix(kind)] = layout.cut(parameter, tensor).to(device, copy=kind != MODEL)
+            part = layout.cut(parameter, tensor)  # of the optimizer and the model, copied by whoever takes it
+            found[kind][name.removeprefix(kind)] = part.to(device, copy=True) if kind == REFERENCE else part
     load_tensors(own, found[MODEL])
     reference = Snapshot(head.reference, found[REFERENCE]) if head.reference is not None else None
     trainer.restore(head.position, head.stage, head.steps, found[OPTIMIZER], reference)
