@@ -126,8 +126,8 @@ def restore(trainer: Trainer, head: Head, parts: Mapping[str, Tensor]) -> None:
     found: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}, REFERENCE: {}}
     for name, part in parts.items():
         kind = name.partition("/")[0] + "/"
-        if name != RANDOM:
-            found[kind][name.removeprefix(kind)] = part.to(device, copy=kind != MODEL)
+        if name != RANDOM:  # parts of the optimizer and the model are copied by whoever takes them
+            found[kind][name.removeprefix(kind)] = part.to(device, copy=True) if kind == REFERENCE else part
     load_tensors(layout.weights(), found[MODEL])
     reference = Snapshot(head.reference, found[REFERENCE]) if head.reference is not None else None
     trainer.restore(head.position, head.stage, head.steps, found[OPTIMIZER], reference)

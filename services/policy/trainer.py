@@ -180,7 +180,7 @@ class Trainer:
         self.stage, self.optimizer, self.reference = stage, None, reference
         self._behaviour, self._hand, self._applied = None, None, None
         if stage is not None:
-            self.optimizer = Optimizer(self.layout.parameters().items(), self._table(stage))
+            self.optimizer = self._new_optimizer(stage)
             self.optimizer.restore(steps, optimizer)
 
     def begin_stage(self, stage: Stage) -> None:
@@ -189,7 +189,7 @@ class Trainer:
         The reference is taken whatever `kl_weight` is now: it is live, and the first weights cannot be had later.
         """
         self.stage = stage
-        self.optimizer = Optimizer(self.layout.parameters().items(), self._table(stage))
+        self.optimizer = self._new_optimizer(stage)
         self.reference = self._snapshot() if stage == "train" else None
         self._behaviour = None
 
@@ -311,6 +311,10 @@ class Trainer:
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.position, {name: part.clone() for name, part in self.layout.weights().items()})
+
+    def _new_optimizer(self, stage: Stage) -> Optimizer:
+        offload = self.recipe.policy.optimizer_offload
+        return Optimizer(self.layout.parameters().items(), self._table(stage), offload=offload)
 
     def _table(self, stage: Stage) -> OptimizerTable:
         table = self.recipe.sft if stage == "sft" else self.recipe.train

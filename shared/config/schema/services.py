@@ -48,6 +48,9 @@ class PolicyTable(Table):
     gradient_checkpointing: bool = Field(
         False, description="keep a layer's input alone and compute the layer again in backward: less memory, more time"
     )
+    optimizer_offload: bool = Field(
+        False, description="keep the optimizer's state in the host's memory: a GPU has room for more, steps take longer"
+    )
     parallel: PolicyParallelTable = PolicyParallelTable()
 
 
