@@ -27,9 +27,13 @@ class Copies:
     def __init__(self, learner: Learner, together: Together) -> None:
         self._learner, self._together = learner, together
 
-    def take(self, trainer: Trainer, what: Whole) -> Area:
-        """The replica's weights or state as it is now; OSError if there is no memory for it."""
-        area = allocate(
+    def take(self, trainer: Trainer, what: Whole, over: Area | None = None) -> Area:
+        """The replica's weights or state as it is now; OSError if there is no memory for it.
+
+        `over` is a copy of the same tensors that nobody reads any more: to write over it takes a third of the time
+        that fresh memory takes.
+        """
+        area = over or allocate(
             trainer.layout.manifest if what == "weights" else manifest_for(head_of(trainer), trainer.layout)
         )
         manifest = msgspec.msgpack.encode(area.manifest)

@@ -26,6 +26,7 @@ from services.policy import checkpoint
 from services.policy.batch import BatchError, Frame
 from services.policy.checkpoint import CheckpointError
 from services.policy.layouts.compose import load_layout
+from services.policy.speed import of_the_machine
 from services.policy.trainer import Trainer, TrainerError
 from shared.config import Recipe, RecipeError, load_recipe
 from shared.mesh import Mesh
@@ -178,7 +179,7 @@ def _print(replayed: Recorded, vote: GradientsReady, recorded: dict[str, Any]) -
     for name in sorted(vote.metrics):
         now, then = vote.metrics[name], recorded.get(name)
         mark = ""
-        if isinstance(then, int | float) and not name.endswith("_seconds"):
+        if isinstance(then, int | float) and not of_the_machine(name):
             mark = "" if abs(now - then) <= LIKE * max(abs(now), abs(then)) else "  differs"
         shown = f"{then:>16.8g}" if isinstance(then, int | float) else f"{'-':>16}"
         print(f"{name:<24}{now:>16.8g}{shown}{mark}")

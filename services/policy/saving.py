@@ -6,7 +6,7 @@
 Writing and hashing release the interpreter's lock, so that the thread takes a core, and no turn, from training.
 
 Invariants: what is written is a copy, which no step changes; `CheckpointSaved` goes out when the files are durable; one
-write is under way at most, so that there is one copy at most: the next snapshot waits for it.
+write is under way at most, so that there is one copy at most, in memory that the next one takes over: it waits for it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.policy import checkpoint
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
-from services.policy.peers import Copy
-from services.policy.state import Head, head_of, kinds, random_of_devices
+from services.policy.state import Head, Whole, head_of, kinds, manifest_for, random_of_devices
 from services.policy.trainer import Trainer
 from shared.config import Recipe, dump_recipe
 from shared.messages import AnyMessage, CheckpointFailed, CheckpointSaved, SaveCheckpoint
 from shared.telemetry import get_logger
+from shared.weights.staging import Area
 
 Export = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Copy = Callable[[Trainer, Whole, Area | None], Area]
+"""A copy of what a replica holds, put together by all its ranks, perhaps in the memory of an earlier one."""
 
 
 class Saver:
@@ -39,6 +41,7 @@ class Saver:
     def __init__(self, recipe: Recipe, run_folder: Path, send: Callable[[AnyMessage], object], copy: Copy) -> None:
         self._recipe, self._run_folder = recipe, run_folder
         self._send, self._copy = send, copy
+        self._area: Area | None = None  # the last snapshot
         self._lock = threading.Lock()
         self._order: SaveCheckpoint | None = None  # the last one whose snapshot was taken
         self._answer: CheckpointSaved | CheckpointFailed | None = None  # to it; None: it is being written
@@ -102,7 +105,11 @@ class Saver:
         if not trainer.between_batches:
             raise CheckpointError(folder, "weights between two batches", f"step {trainer.position.step} inside one",
                                   "ask again after the batch's last step")  # fmt: skip
-        return head_of(trainer), {**self._copy(trainer, "state").tensors, **random_of_devices()}
+        head = head_of(trainer)
+        if self._area is not None and self._area.manifest != manifest_for(head, trainer.layout):
+            self._area = None  # given back first
+        self._area = self._copy(trainer, "state", self._area)
+        return head, {**self._area.tensors, **random_of_devices()}
 
     def _write(self, order: SaveCheckpoint, head: Head, whole: Mapping[str, Tensor], exported: Export | None) -> None:
         """The writer's thread."""

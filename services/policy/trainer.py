@@ -27,6 +27,7 @@ from services.policy.mismatch import Diagnosis, diagnose, mean_by_engine, names_
 from services.policy.optimizer import Optimizer
 from services.policy.packing import MicroBatch
 from services.policy.reduce import reduce_gradients, reduce_metrics
+from services.policy.speed import FLOPS, FORWARD, MEMORY, PEAK, STEP, TOKENS, peak_flops, peak_memory, rates, work_of
 from shared.config import Recipe
 from shared.config.schema import OptimizerTable
 from shared.mesh import Mesh
@@ -87,6 +88,7 @@ class Trainer:
         self._applied: tuple[CommitStep, StepApplied] | None = None
         self._device = next(self.model.parameters()).device
         self._width = int(self.model.config.get_text_config().hidden_size)
+        self._peak = peak_flops(self._device, next(self.model.parameters()).dtype)
 
     # --- the state machine ------------------------------------------------------------------------------------------
 
@@ -121,7 +123,9 @@ class Trainer:
             )
         started = time.perf_counter()
         metrics, finite = self._gradients(step, frames)
-        metrics["train_seconds"] = time.perf_counter() - started
+        metrics["train_seconds"] = seconds = time.perf_counter() - started
+        work = {name: metrics.pop(name) for name in (TOKENS, FLOPS, PEAK)}
+        metrics |= rates(work, seconds)
         vote = GradientsReady(step.step, step.attempt, step.position.lineage, finite, metrics)
         self._hand = Hand(step, vote)
         return vote
@@ -202,9 +206,9 @@ class Trainer:
         micros = [micro.to(self._device) for micro in self.layout.micro_batches(rows, limit)]
         self.optimizer.clear()
         totals = _Totals(_metric_names(step, self.recipe, self.reference is not None))
-        olds = self._predicted(micros, self._behaviour if step.index > 0 else None)
         kl = step.stage == "train" and _grpo_settings(step).kl_weight > 0
-        references = self._predicted(micros, self.reference if kl else None)
+        before, reference = self._behaviour if step.index > 0 else None, self.reference if kl else None
+        olds, references = self._predicted(micros, before), self._predicted(micros, reference)
 
         def loss(index: int, found: tuple[Tensor, Tensor]) -> Tensor:
             result = self._loss(step, micros[index], *found, olds[index], references[index])
@@ -214,7 +218,11 @@ class Trainer:
         self.layout.train(micros, loss, self.optimizer.collect)
         gradients = self.optimizer.gradients()
         self.layout.sum_gradients(gradients)
-        sums, maxima = self.layout.sum_metrics(totals.sums, totals.maxima)
+        maxima = {**totals.maxima, MEMORY: peak_memory(self._device)}
+        sums, maxima = self.layout.sum_metrics(totals.sums, maxima)
+        passes = STEP + FORWARD * sum(weights is not None for weights in (before, reference))
+        work = work_of(rows, self.model.config, passes, self.layout.grid.parallel.world, self._peak)
+        sums |= work
         if step.mesh is not None:
             with self.layout.failing_together(), self._meshes(step.mesh) as mesh:
                 reduce_gradients(list(gradients.values()), mesh, self.recipe.weights.bucket_mb * MEGABYTE)

@@ -14,7 +14,7 @@ from deploy.cli.live.sources import Picture
 from deploy.cli.live.sparklines import sparkline
 from deploy.readers.figures import seconds_by_role
 from deploy.readers.revisions import marks
-from deploy.report.words import duration
+from deploy.report.words import duration, training
 
 KINDS = (
     ("generate", "cyan"),
@@ -117,6 +117,8 @@ def _figures(picture: Picture) -> RenderableType:
         words.append(f"sync {last['sync_seconds']:.2f} s")
     if last.get("truncated"):
         words.append(f"truncated {100 * last['truncated']:.0f} %")
+    if machine := training(last):
+        words.append(f"policy {machine}")
     changed = Text("   ".join(f"step {mark.step}: {mark.text}" for mark in marks(picture.lines)[-3:]), style="yellow")
     return Group(table, Text("   ".join(words), style="dim"), *([changed] if changed.plain else []))
 

@@ -65,6 +65,14 @@ def test_a_replica_of_several_ranks_says_how_many_are_there() -> None:
     assert "rollout-1 (1 of 3 ranks)" in shown
 
 
+def test_the_view_says_how_fast_the_policy_trains_and_in_how_much_memory() -> None:
+    picture = Picture("run", status=status())
+    picture.lines.append(line(0, **{"machine/tokens_per_s": 8742.4, "machine/peak_memory_bytes": 1.54e9}))
+    assert "policy 8742 tokens/s, 1.5 GB" in text_of(picture, 160)
+    picture.lines.append(line(1, **{"machine/tokens_per_s": 9000.0, "machine/mfu": 0.413}))
+    assert "policy 9000 tokens/s, 41 % MFU" in text_of(picture, 160)
+
+
 def test_before_the_first_step_the_view_says_who_loads() -> None:
     picture = Picture("run", status=status(batch=None, replicas=[replica("policy-0", state="loading", version=None)]))
     assert "policy-0 loading the model" in text_of(picture)

@@ -61,6 +61,13 @@ def test_pace_and_shares_of_time_come_from_the_lines() -> None:
     assert stage_lines(stage) == ["11/40 batches in 10 s, 16.8 samples/s", "policy: train 75 %, wait 25 %"]
 
 
+def test_the_machines_figures_of_a_stage_are_the_mean_pace_and_the_most_memory() -> None:
+    figures = [(800.0, 0.3, 1e9), (1000.0, 0.5, 2e9)]
+    names = ("machine/tokens_per_s", "machine/mfu", "machine/peak_memory_bytes")
+    lines = [line(step, **dict(zip(names, values, strict=True))) for step, values in enumerate(figures)]
+    assert stage_lines(Stage("train", lines, 40))[1] == "while it trains: 900 tokens/s, 40 % MFU, 2.0 GB"
+
+
 def test_a_slope_is_known_with_its_error() -> None:
     rate, error = slope([0.5 * x for x in range(20)])
     assert rate == pytest.approx(0.5) and error == pytest.approx(0.0, abs=1e-9)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from itertools import filterfalse
 from typing import Any
 
 import pytest
 import torch
 
 from services.policy.reduce import reduce_gradients, reduce_metrics
+from services.policy.speed import of_the_machine
 from shared.messages import CommitStep
 
 
@@ -58,5 +60,9 @@ def test_two_members_get_the_gradients_of_one_process_and_step_to_equal_bits(pai
         trainer.apply(CommitStep(0, 1, 0))
     for name, tensor in tools.weights(trainers[0]).items():
         assert torch.equal(tensor, tools.weights(trainers[1])[name]), name
-    for name in vote.metrics.keys() - {"train_seconds"}:
+    for name in filterfalse(of_the_machine, vote.metrics):
         assert votes[0].metrics[name] == votes[1].metrics[name] == pytest.approx(vote.metrics[name], abs=1e-5), name
+    for member in votes:
+        tokens = member.metrics["machine/tokens_per_s"] * member.metrics["train_seconds"]
+        assert tokens == pytest.approx(vote.metrics["machine/tokens_per_s"] * vote.metrics["train_seconds"])
+    assert votes[0].metrics["machine/peak_memory_bytes"] == votes[1].metrics["machine/peak_memory_bytes"]

@@ -197,6 +197,22 @@ def test_without_memory_for_the_snapshot_it_fails_and_training_goes_on(
     policy.train()
 
 
+def test_snapshots_of_the_same_tensors_take_over_their_memory(policy: Policy) -> None:
+    """Before the first step there are no moments: that copy has no room for the next one."""
+    memory = []
+    for _ in range(3):
+        policy.save()
+        assert isinstance(policy.hear(), CheckpointSaved)
+        assert policy.saver._area is not None
+        memory.append(policy.saver._area.memory.data_ptr())
+        assert checkpoint.verify(policy.folder / "checkpoints" / str(policy.trainer.position.step))
+        written = load_file(policy.folder / "checkpoints" / str(policy.trainer.position.step) / checkpoint.MODEL)
+        held = policy.tools.weights(policy.trainer)
+        assert all(torch.equal(written[name], tensor) for name, tensor in held.items())
+        policy.train()
+    assert memory[1] == memory[2]
+
+
 def test_the_fingerprint_names_a_recipe(tools: Any) -> None:
     assert saving.fingerprint(tools.recipe()) == saving.fingerprint(tools.recipe())
     assert saving.fingerprint(tools.recipe()) != saving.fingerprint(tools.recipe(run__seed=3))
