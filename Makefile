@@ -49,7 +49,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slow test-nccl gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,12 +82,24 @@ test-engine-%:
 	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \
 		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$*'))") -m pytest -q -p no:cacheprovider tests/engines --engine $* $(ARGS)
 
-gpu-check: ## what only a GPU can show: narrow formats and layouts of vLLM and SGLang (wants nvidia-smi)
+test-nccl: $(STAMP) ## what can be shown of NCCL without a GPU: its library, ids, the children that mint them (300 MB)
+	@$(nccl)
+	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) tests/unit/nccl tests/unit/controller/test_nccl_meshes.py \
+		tests/integration/test_minting.py tests/gpu $(ARGS)
+
+gpu-check: $(STAMP) ## what only a GPU can show: meshes of NCCL, a training step, formats and layouts of vLLM and SGLang
 	@test -n "$(HAS_GPU)" || { echo "expected a GPU, found no nvidia-smi: nothing was checked"; exit 1; }
 	@$(MAKE) --no-print-directory env-vllm env-sglang
 	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+	@$(nccl)
+	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -s -m gpu tests/gpu $(ARGS)
+	@timeout --foreground --signal=INT --kill-after=30 $(BENCH_BUDGET) $(BIN)/python -m benchmarks.gpu_step
 	@for engine in vllm sglang; do $(BUDGETED) $(ENGINE_BUDGET) .venv-$$engine/bin/python -m pytest -q -p no:cacheprovider \
 		tests/engines/test_quantised.py tests/engines/test_ranks.py --engine $$engine $(ARGS) || exit 1; done
+
+# a torch for GPUs brings its own library; without one, that of the extra "nccl"
+nccl = $(BIN)/python -c 'from shared.nccl.library import find, open_library; open_library(find())' 2>/dev/null \
+	|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[nccl]'
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)
