@@ -88,12 +88,24 @@ test-engine-%:
 	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \
 		$$($(BIN)/python -c "from deploy.local.environments import python_for; print(python_for('$*'))") -m pytest -q -p no:cacheprovider tests/engines --engine $* $(ARGS)
 
-gpu-check: ## what only a GPU can show: narrow formats and layouts of vLLM and SGLang (wants nvidia-smi)
+test-nccl: $(STAMP) ## what can be shown of NCCL without a GPU: its library, ids, the children that mint them (300 MB)
+	@$(nccl)
+	@$(BUDGETED) $(UNIT_BUDGET) $(PYTEST) tests/unit/nccl tests/unit/controller/test_nccl_meshes.py \
+		tests/integration/test_minting.py tests/gpu $(ARGS)
+
+gpu-check: $(STAMP) ## what only a GPU can show: meshes of NCCL, a training step, formats and layouts of vLLM and SGLang
 	@test -n "$(HAS_GPU)" || { echo "expected a GPU, found no nvidia-smi: nothing was checked"; exit 1; }
 	@$(MAKE) --no-print-directory env-vllm env-sglang
 	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+	@$(nccl)
+	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -s -m gpu tests/gpu $(ARGS)
+	@timeout --foreground --signal=INT --kill-after=30 $(BENCH_BUDGET) $(BIN)/python -m benchmarks.gpu_step
 	@for engine in vllm sglang; do $(BUDGETED) $(ENGINE_BUDGET) .venv-$$engine/bin/python -m pytest -q -p no:cacheprovider \
 		tests/engines/test_quantised.py tests/engines/test_ranks.py --engine $$engine $(ARGS) || exit 1; done
+
+# a torch for GPUs brings its own library; without one, that of the extra "nccl"
+nccl = $(BIN)/python -c 'from shared.nccl.library import find, open_library; open_library(find())' 2>/dev/null \
+	|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[nccl]'
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)
