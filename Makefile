@@ -50,7 +50,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slow gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-memory-plan bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -123,6 +123,9 @@ bench-shared-prompt: $(STAMP) ## a training step with shared prompts beside one 
 
 bench-packing: $(STAMP) ## packed beside padded micro-batches; memory of log-probs and of checkpointing (benchmarks/results/)
 	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.packing $(ARGS)
+
+bench-memory-plan: $(STAMP) ## what `orrery plan --memory` says beside what a policy takes (benchmarks/results/)
+	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.memory_plan $(ARGS)
 
 bench-engines: $(STAMP) env-vllm env-sglang ## samples a second of the three engines; updates in flight beside drain-and-wait
 	@timeout --foreground --signal=INT --kill-after=30 $(TABLE_BUDGET) $(BIN)/python -m benchmarks.engine_speed $(ARGS)

@@ -55,7 +55,9 @@ def sequence_tokens(recipe: Recipe, shape: ModelShape, role: str) -> int:
 
 def engine_weights(shape: ModelShape, itemsize: int, quantization: Quantization | None) -> int:
     """Bytes of the model as an engine holds it: linear layers and experts narrow, all else as it is."""
-    return sum(ceil(w.numel * (BYTES[quantization] if _narrow(w) and quantization else itemsize)) for w in shape.weights)
+    return sum(
+        ceil(w.numel * (BYTES[quantization] if _narrow(w) and quantization else itemsize)) for w in shape.weights
+    )
 
 
 def _narrow(weight: Weight) -> bool:
@@ -117,7 +119,12 @@ def _hosted(
     )
     if gpu is None:
         cache = slots * shape.context * cache_token  # what prepare_process gives to the cache of a CPU
-        parts = {**imports, "weights": weights, "keys and values": cache, "workspace": _workspace(shape, itemsize, slots)}
+        parts = {
+            **imports,
+            "weights": weights,
+            "keys and values": cache,
+            "workspace": _workspace(shape, itemsize, slots),
+        }
         worker = [
             ProcessMemory(role, f"rank {rank} of {1 + ranks}", (), (Phase("generating", parts),))
             for rank in range(1, 1 + ranks)
@@ -129,7 +136,7 @@ def _hosted(
     parts = {"CUDA context": CONTEXT, "weights": weights, "workspace and graphs": workspace}
     # an engine refuses to start if its cache cannot hold one sequence as long as the model's context
     parts["keys and values"] = max(room, shape.context * cache_token)
-    parts[f"left alone (rollout.memory = {recipe.rollout.memory:g})"] = gpu - share
+    parts["left alone by rollout.memory"] = gpu - share
     held = max(0, room) // cache_token
     notes = (
         f"room for keys and values of {held:,} tokens: {held // tokens} sequences of {tokens:,} tokens at a time, "
