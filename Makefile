@@ -144,6 +144,9 @@ bench-packing: $(STAMP) ## packed beside padded micro-batches; memory of log-pro
 bench-checkpoint-pause: $(STAMP) ## how long training waits for a checkpoint: written in its way, and beside it (benchmarks/results/)
 	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.checkpoint_pause $(ARGS)
 
+bench-memory-plan: $(STAMP) ## what `orrery plan --memory` says beside what a policy takes (benchmarks/results/)
+	@$(BUDGETED) $(BENCH_BUDGET) $(BIN)/python -m benchmarks.memory_plan $(ARGS)
+
 bench-engines: $(STAMP) env-vllm env-sglang ## samples a second of the three engines; updates in flight beside drain-and-wait
 	@timeout --foreground --signal=INT --kill-after=30 $(TABLE_BUDGET) $(BIN)/python -m benchmarks.engine_speed $(ARGS)
 

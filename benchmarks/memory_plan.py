@@ -4,8 +4,9 @@
 
 Each cell is a process of its own that does what the policy service does with its learner and trainer: loads the model,
 computes steps of several micro-batches of long-tailed lengths under RL with a reference, applies them, publishes and
-saves. After the imports the kernel's high-water mark of its memory (VmHWM) is set back, and again before each phase; what
-is compared is the mark above the memory after the imports, and the plan without its share for them.
+saves. Before that it does so once with a tiny model, since torch imports, loads and compiles much at the first use. The
+kernel's high-water mark of its memory (VmHWM) is set back before each phase; what is compared is the mark above the
+memory after the tiny model, and the plan without its share for imports.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ QWEN2 = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {
         "model": {"path": "qwen2", "dtype": "bfloat16"},
-        "policy": {"micro_batch_tokens": 1024},
+        "policy": {"micro_batch_tokens": 768},
     },
     "qwen3": {
         "model": {
@@ -49,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
                 "kv_heads": 4, "head_dim": 64, "context": 2048,
             }
         },
-        "policy": {"micro_batch_tokens": 1536},
+        "policy": {"micro_batch_tokens": 768},
     },
     "qwen3_moe": {
         "model": {
@@ -59,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
             },
             "dtype": "bfloat16",
         },
-        "policy": {"micro_batch_tokens": 1024},
+        "policy": {"micro_batch_tokens": 768},
         "train": {"minibatches": 2},
     },
 }  # fmt: skip
@@ -76,13 +77,22 @@ def make_recipe(name: str, folder: Path, *, checkpointing: bool) -> Recipe:
             "model": model,
             "data": {"rows": {"kind": "reasoning_gym", "task": "chain_sum"}},
             "train": {
-                "dataset": "rows", "batches": 100, "batch_size": 6, "samples": 4, "lr": 1e-5, "kl_weight": 0.01,
+                "dataset": "rows", "batches": 100, "batch_size": 4, "samples": 4, "lr": 1e-5, "kl_weight": 0.01,
                 **cell.get("train", {}),
             },
             "policy": {**cell["policy"], "gradient_checkpointing": checkpointing},
-            "rollout": {"max_new_tokens": 768},
+            "rollout": {"max_new_tokens": 512},
         }
     )  # fmt: skip
+
+
+def small(recipe: Recipe) -> Recipe:
+    """The same with a model of a few thousand parameters."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 32}
+    tree = recipe.model_dump(exclude_none=True)
+    family = recipe.model.build.family if recipe.model.build is not None else "qwen2"
+    tree["model"] = {"build": {"family": family, **sizes, "context": 2048}, "dtype": recipe.model.dtype}
+    return Recipe.model_validate(tree)
 
 
 # --- the process that is measured -------------------------------------------------------------------------------------
@@ -102,7 +112,7 @@ def forget_peak() -> None:
 
 
 class Peaks:
-    """The most memory of each phase, above what the imports took."""
+    """The most memory of each phase, above what was there before."""
 
     def __init__(self) -> None:
         self.base = resident("VmRSS")
@@ -116,8 +126,8 @@ class Peaks:
         self.bytes[name] = max(self.bytes.get(name, 0), resident("VmHWM") - self.base)
 
 
-def measure(recipe: Recipe, folder: Path) -> dict[str, int]:
-    """Live some steps as the policy service does; the peak of each phase."""
+def measure(recipe: Recipe, folder: Path, steps: int) -> dict[str, int]:
+    """Live some steps as the policy service does; the peak of each phase, and the base that they stand on."""
     import numpy as np
 
     from services.policy import checkpoint
@@ -135,7 +145,6 @@ def measure(recipe: Recipe, folder: Path) -> dict[str, int]:
     train = recipe.train
     assert train is not None
     prepare_torch(recipe)
-    shape_of(recipe.model)  # imports the model's family
     peaks = Peaks()
     learner = Learner(recipe, folder, no_mesh, Grid.alone())
     with peaks.phase("loading"):
@@ -145,10 +154,10 @@ def measure(recipe: Recipe, folder: Path) -> dict[str, int]:
     offered: list[Area] = []
     draw = np.random.default_rng(0)
     per_batch = train.mu * train.minibatches
-    for number in range(STEPS * per_batch):
+    for number in range(steps * per_batch):
         groups, frames, tokens = [], [], 0
         for group in range(train.batch_size // train.minibatches):
-            lengths = np.clip(draw.lognormal(4.8, 0.8, train.samples), 1, recipe.rollout.max_new_tokens).astype(int)
+            lengths = np.clip(draw.lognormal(4.8, 0.6, train.samples), 1, recipe.rollout.max_new_tokens).astype(int)
             total = int(lengths.sum())
             headers, payload = pack(
                 {
@@ -179,7 +188,7 @@ def measure(recipe: Recipe, folder: Path) -> dict[str, int]:
                 offered[:] = [area]
     with peaks.phase("checkpoint"):
         checkpoint.save(trainer, tensors_of(trainer), folder / "checkpoints", "run", "recipe", 1)
-    return peaks.bytes
+    return {"base": peaks.base, **peaks.bytes}
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ def compare(name: str, folder: Path, *, checkpointing: bool) -> dict[str, Any]:
     return {
         "model": name, "checkpointing": checkpointing, "parameters": shape_of(recipe.model).parameters,
         "micro_batch_tokens": recipe.policy.micro_batch_tokens, "dtype": recipe.model.dtype, "phases": phases,
-        "parts": {part: size for part, size in parts.items() if size}, **peak,
+        "base": peaks["base"], "parts": {part: size for part, size in parts.items() if size}, **peak,
         "off": round(peak["planned"] / peak["measured"] - 1, 3),
     }  # fmt: skip
 
@@ -227,9 +236,9 @@ def as_markdown(result: dict[str, Any]) -> str:
     """A line a cell, with the phases behind it."""
     lines = [
         f"Machine: {result['machine']}. Load average when it ended: {result['load_average']}. One thread. MiB, without "
-        "what the imports take. The largest phase is the process's peak.",
+        "what was there before. The largest phase is the process's peak.",
         "",
-        "| model | parameters | type | tokens | checkpointing | planned | measured | off | phases, planned / measured |",
+        "| model | parameters | type | tokens | checkpointing | planned | measured | off | planned / measured |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in result["cells"]:
@@ -256,7 +265,8 @@ def main() -> None:
     if given.child:
         recipe = make_recipe(given.child, given.folder, checkpointing=given.checkpointing)
         with tempfile.TemporaryDirectory() as run:
-            print(json.dumps(measure(recipe, Path(run))))
+            measure(small(recipe), Path(run) / "small", 1)  # what torch loads and compiles once
+            print(json.dumps(measure(recipe, Path(run) / "whole", STEPS)))
         return
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(folder))

@@ -25,12 +25,24 @@ def plan(
     recipe: Annotated[Path, typer.Argument(help="TOML file that describes the run")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="override one key")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="every process, for other programs")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="memory of each process, part by part")] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="CARD", help="with --memory: a card a rank, H100-80GB or just 80GB")
+    ] = None,
 ) -> None:
     """Show the processes that a recipe starts: ranks, GPUs, environment and command, whatever the launcher."""
     from deploy.plan import CONTROLLER, Place, launch_plan
     from shared.config import load_recipe
 
-    planned = launch_plan(load_recipe(recipe, set_ or []))
+    loaded = load_recipe(recipe, set_ or [])
+    if memory:
+        from deploy.cli.memory import show
+
+        show(loaded, gpu, as_json=as_json)
+        return
+    if gpu is not None:
+        raise typer.BadParameter("--gpu says what --memory is held against: give that too")
+    planned = launch_plan(loaded)
     if as_json:
         print(json.dumps(planned.as_json(), indent=1))
         return

@@ -1,8 +1,8 @@
 """Bytes that the policy's forward and backward take of one micro-batch, on one rank.
 
-Counted tensor by tensor: what autograd keeps of the layers of transformers' Qwen2, Qwen3, Qwen3-MoE, Llama and Qwen2.5-VL
-with packed attention. The tests hold `kept_by_layer` to what a real forward keeps. Letters: T tokens, H hidden, I
-intermediate, A query heads and K key-value heads of width D, e bytes of a number in the model's type.
+Counted tensor by tensor: what autograd keeps of the layers of transformers' Qwen2, Qwen3, Qwen3-MoE, Llama and
+Qwen2.5-VL with packed attention. The tests hold `kept_by_layer` to what a real forward keeps. Letters: T tokens, H
+hidden, I intermediate, A query heads and K key-value heads of width D, e bytes of a number in the model's type.
 """
 
 from __future__ import annotations

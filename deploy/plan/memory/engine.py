@@ -136,7 +136,7 @@ def _hosted(
     parts = {"CUDA context": CONTEXT, "weights": weights, "workspace and graphs": workspace}
     # an engine refuses to start if its cache cannot hold one sequence as long as the model's context
     parts["keys and values"] = max(room, shape.context * cache_token)
-    parts[f"left alone (rollout.memory = {recipe.rollout.memory:g})"] = gpu - share
+    parts["left alone by rollout.memory"] = gpu - share
     held = max(0, room) // cache_token
     notes = (
         f"room for keys and values of {held:,} tokens: {held // tokens} sequences of {tokens:,} tokens at a time, "

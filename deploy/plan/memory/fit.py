@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from deploy.plan.launch import launch_plan
 from deploy.plan.memory.engine import engine_processes
 from deploy.plan.memory.model import ModelShape
 from deploy.plan.memory.parts import GIB, MIB, Phase, ProcessMemory, fullest
@@ -60,15 +61,11 @@ def gpu_bytes(name: str) -> int:
 
 
 def replicas(recipe: Recipe) -> dict[str, list[str]]:
-    """The names of the replicas of each role that holds a model."""
-    counts = {"policy": recipe.policy.replicas, "rollout": recipe.rollout.replicas if _generates(recipe) else 0}
-    counts["evaluator"] = recipe.evaluator.replicas if recipe.judge == "evaluator" else 0
-    return {role: [f"{role}-{number}" for number in range(count)] for role, count in counts.items() if count}
-
-
-def _generates(recipe: Recipe) -> bool:
-    """Whether a run has something for a rollout to do: a recipe of SFT without evaluation has not."""
-    return recipe.train is not None or (recipe.evaluation is not None and recipe.judge == "rollout")
+    """The names of each role's replicas, which all hold a model."""
+    found: dict[str, list[str]] = {}
+    for replica in launch_plan(recipe).replicas:
+        found.setdefault(replica.role, []).append(replica.name)
+    return found
 
 
 def processes(recipe: Recipe, shape: ModelShape, gpu: int | None) -> dict[str, list[ProcessMemory]]:

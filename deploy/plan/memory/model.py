@@ -1,7 +1,7 @@
 """What a plan has to know of a model: every weight's name and shape, and the widths that activations have.
 
-Read from the model's configuration alone, by building it without memory for its weights, so that what is planned is what
-transformers would make.
+Read from its configuration alone, by building it without memory for weights: what is planned is what transformers would
+make.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ CONTEXT = 3 * GIB // 4
 """A CUDA context with cuBLAS's workspaces: an assumption, as nothing here was measured on a GPU."""
 INTERPRETER = GIB // 2
 """Python with torch and transformers imported."""
+HEAP = 192 * MIB
+"""What glibc's heap keeps of memory that was given back, on a CPU: set after benchmarks/memory_plan.py, not derived."""
 SLACK = 0.05
 """Gaps that an allocator leaves, as a share of what comes and goes within a step."""
 
@@ -108,7 +110,7 @@ def _together(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) 
     """A process without a GPU."""
     has = held_by(shape, parallel, rank)
     whole = shape.parameters * ITEMSIZE[recipe.model.dtype]
-    static = {"Python and libraries": INTERPRETER, **_kept(recipe, has)}
+    static = {"Python and libraries": INTERPRETER, "gaps in the heap": HEAP, **_kept(recipe, has)}
     offered = {"copy for publishing": whole if rank == 0 else 0}
     gradients = _gradients(recipe, shape, parallel, rank, has, "cpu")
     yield Phase("loading", {"Python and libraries": INTERPRETER, "model as it is loaded": 2 * whole})
