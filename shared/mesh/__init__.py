@@ -8,7 +8,6 @@ from shared.mesh.base import Mesh, MeshError
 from shared.mesh.gloo import GlooMesh
 from shared.mesh.store import Request
 from shared.messages import MeshIdentity
-from shared.nccl.library import NcclError, find, open_library
 
 __all__ = ["Mesh", "MeshError", "form_mesh"]
 
@@ -32,14 +31,9 @@ def form_mesh(
     if identity.backend == "nccl":
         from shared.mesh.nccl import NcclMesh
 
-        try:
-            library = open_library(find())
-        except NcclError as error:
-            raise MeshError(f"mesh {identity.epoch} ({identity.purpose}): {error}") from error
         return NcclMesh(
             identity,
             rank,
-            library,
             form_timeout_s=form_timeout_s,
             operation_timeout_s=operation_timeout_s,
             ended=ended,

@@ -17,7 +17,7 @@ from torch import Tensor
 from shared.mesh.base import Mesh, MeshError
 from shared.messages import MeshIdentity
 from shared.nccl.communicator import Communicator
-from shared.nccl.library import Library, NcclError
+from shared.nccl.library import NcclError, find, open_library
 
 CHUNK_BYTES = 64 << 20
 SUMMABLE = {
@@ -41,7 +41,6 @@ class NcclMesh(Mesh):
         self,
         identity: MeshIdentity,
         rank: int,
-        library: Library,
         *,
         form_timeout_s: float,
         operation_timeout_s: float,
@@ -54,14 +53,18 @@ class NcclMesh(Mesh):
                 f"mesh {identity.epoch} ({identity.purpose}): expected a GPU for backend nccl, torch finds none here; "
                 'set weights.backend = "gloo" or "auto"'
             )
-        self._library, self._timeout_s = library, operation_timeout_s
+        self._timeout_s = operation_timeout_s
+        try:
+            self._library = open_library(find())
+        except NcclError as error:
+            raise MeshError(f"mesh {identity.epoch} ({identity.purpose}): {error}") from error
         self._device = torch.device("cuda", device)
         self._using = threading.Lock()
         with torch.cuda.device(self._device):
             self._stream, self._mark = torch.cuda.Stream(), torch.cuda.Event()
             try:
                 self._communicator = Communicator(
-                    library,
+                    self._library,
                     self.size,
                     identity.unique_id,
                     rank,
@@ -72,7 +75,7 @@ class NcclMesh(Mesh):
             except NcclError as error:
                 raise MeshError(
                     f"mesh {identity.epoch} ({identity.purpose}): {self.named(rank)} could not join the {self.size} "
-                    f"members by NCCL {library.version}: {error}"
+                    f"members by NCCL {self._library.version}: {error}"
                 ) from error
 
     def broadcast(self, tensor: Tensor, source: int) -> None:

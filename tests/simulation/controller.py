@@ -29,6 +29,8 @@ from shared.bus.wire import Frames
 from shared.messages import Envelope
 from tests.simulation.checks import Checks
 from tests.simulation.disk import Handle, Image
+from tests.simulation.meshes import DataPlane
+from tests.simulation.minting import Minter
 from tests.simulation.network import Network
 from tests.simulation.plan import Plan
 from tests.simulation.world import Violation, World
@@ -111,6 +113,7 @@ class ControllerProcess:
         network: Network,
         outputs: Outputs,
         checks: Checks,
+        plane: DataPlane,
         ended: Callable[[ControllerProcess, str, EndRun | None], None],
     ) -> None:
         self.world, self.plan, self.image, self.network, self.checks = world, plan, image, network, checks
@@ -122,6 +125,7 @@ class ControllerProcess:
         self.crash_points: list[CrashPoint] = []
         self.disk_delay_s = 0.0
         self._ended = ended
+        self._minter = Minter(world, plane)
         self._outputs = outputs
         self._chance = world.chance("controller")
         self._writer = world.chance("writer")
@@ -151,7 +155,7 @@ class ControllerProcess:
             return
         self.bus = _Bus(self.core.state.term + 1, self)
         clock = Clock(lambda: WALL + self.world.now + self.plan.wall_shift_s, lambda: self.world.now)
-        self._shell = Shell(self.core, self._journal, spool, self._outputs, self.bus, clock)  # type: ignore[arg-type]
+        self._shell = Shell(self.core, self._journal, spool, self._outputs, self.bus, clock, self._minter)  # type: ignore[arg-type]
         self._shell.begin(RUN)
         while True:  # nobody is connected yet: no time passes that matters
             self._shell.seal()
@@ -168,6 +172,7 @@ class ControllerProcess:
         if not self.alive:
             return
         self.alive = False
+        self._minter.close()
         self.world.say(f"{self.name} ends: {how}" + (" (power lost)" if power else ""))
         if power:
             self.image.lose_power(self._chance)

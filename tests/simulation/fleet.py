@@ -89,7 +89,14 @@ class Fleet:
             return
         self._ending = False
         self.controller = ControllerProcess(
-            self.world, self.plan, self.image, self.network, self.outputs, self.checks, self._controller_ended
+            self.world,
+            self.plan,
+            self.image,
+            self.network,
+            self.outputs,
+            self.checks,
+            self.data_plane,
+            self._controller_ended,
         )
         self.controller.boot()
 

@@ -52,6 +52,9 @@ class Membership:
             return
         self._forming[epoch] = None
         size, index = len(message.identity.members), message.identity.members.index(me)
+        if message.identity.backend == "nccl":
+            self._meet(message, index, size)
+            return
         met: dict[int, None] = {}
 
         def answered(other: int, answer: AnyMessage | None) -> None:
@@ -78,6 +81,22 @@ class Membership:
                     )
 
         self._process.ask(StoreSet(epoch, f"member {index}", b"here"), message.timeout_s, told)
+
+    def _meet(self, message: FormMesh, index: int, size: int) -> None:
+        epoch, unique_id = message.identity.epoch, message.identity.unique_id
+        plane = self._process.fleet.data_plane
+
+        def formed() -> None:
+            if self._forming.pop(epoch, 0) is None:
+                self._formed[epoch] = (plane.join(unique_id, size), index)
+                self._process.send(MeshFormed(epoch))
+
+        def ran_out() -> None:
+            if epoch in self._forming:
+                self._fail(epoch, f"waited {message.timeout_s} s for all {size} ranks to come")
+
+        plane.meet(unique_id, index, size, lambda: self._process.when_awake(formed))
+        self._process.world.after(message.timeout_s, lambda: self._process.when_awake(ran_out))
 
     def revoke(self, message: RevokeMesh) -> None:
         """Leave; what is under way ends with an error."""

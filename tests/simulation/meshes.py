@@ -127,11 +127,26 @@ class Group:
 
 
 class DataPlane:
-    """Every group by the id that the controller minted for it."""
+    """Every group by the id that the controller minted for it.
+
+    NCCL's ids are `hosted`, by whoever minted them: that is where the members meet, and nowhere once it is gone.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._groups: dict[bytes, Group] = {}
+        self._chance = world.chance("nccl")
+        self.hosted: dict[bytes, dict[int, Callable[[], None]]] = {}
+
+    def meet(self, unique_id: bytes, member: int, size: int, formed: Callable[[], None]) -> None:
+        """A member comes to the host of an id of NCCL; all are told when the last one has come."""
+        come = self.hosted.get(unique_id)
+        if come is None:
+            return
+        come[member] = formed
+        if len(come) == size:
+            for each in come.values():
+                self._world.after(0.02 + 0.3 * self._chance.random(), each)
 
     def join(self, unique_id: bytes, size: int) -> Group:
         """The group of that id."""

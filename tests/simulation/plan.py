@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.config import Recipe
-from shared.messages import DatasetIdentity
+from shared.messages import DatasetIdentity, Device
 
+NCCL = "2.32.3"
 DATASETS = (DatasetIdentity("train", 40, "aa"), DatasetIdentity("heldout", 6, "bb"))
 
 
@@ -26,6 +27,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.batches = sum(t.batches for t in (self.recipe.sft, self.recipe.train) if t is not None)
+
+    def device(self, replica: str, rank: int) -> Device | None:
+        """The GPU of a rank: all have one where meshes must be NCCL's; else some have none, and two may share one."""
+        backend = self.recipe.weights.backend
+        draw = random.Random(f"{self.seed}/gpu/{replica}/{rank}")
+        if backend == "gloo" or (backend == "auto" and draw.random() < 0.2):
+            return None
+        shared = backend == "auto" and draw.random() < 0.2
+        return Device(gpu="shared" if shared else f"{replica}.{rank}", nccl=NCCL)
 
 
 def plan_of(seed: int) -> Plan:
@@ -89,7 +99,19 @@ def plan_of(seed: int) -> Plan:
     if evaluation:
         _draw_evaluators(seed, deterministic, tree, replicas, speed)
     _draw_fanout(seed, deterministic, tree, replicas, speed)
+    _draw_backend(seed, tree)
     return Plan(seed, Recipe.model_validate(tree), segment_bytes, replicas, speed)
+
+
+def _draw_backend(seed: int, tree: dict[str, Any]) -> None:
+    """Meshes of NCCL in some lives, or of whichever the members' GPUs allow.
+
+    From a stream of its own, so that the other lives are what they were before.
+    """
+    draw = random.Random(f"{seed}/backend")
+    if draw.random() < 0.35:
+        tree["weights"]["backend"] = draw.choice(["nccl", "auto"])
+        tree["timeouts"]["mint_s"] = draw.choice([1.5, 3.0])
 
 
 def _draw_fanout(

@@ -50,7 +50,7 @@ class Rank:
         self.woke_at = 0.0
         self.standing = Standing(lambda: self.world.now)
         self.session = ReplicaSession(
-            Passport(role, replica, rank, ranks, nonce, self.pid, "here", datasets),
+            Passport(role, replica, rank, ranks, nonce, self.pid, "here", datasets, fleet.plan.device(replica, rank)),
             self.standing,
             heartbeat_s=settings.heartbeat_s,
             resend_s=settings.resend_s,

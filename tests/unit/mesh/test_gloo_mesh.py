@@ -131,9 +131,10 @@ def test_tensors_that_cannot_travel_are_refused_before_anything_is_sent() -> Non
     mesh.broadcast(torch.zeros(2), 0)
 
 
-def test_nccl_is_refused_and_says_what_to_do() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu is for that")
+def test_nccl_without_a_gpu_is_refused_and_says_what_to_do() -> None:
     identity = msgspec.structs.replace(identity_of(2), backend="nccl")
-    with pytest.raises(MeshError, match="expected backend gloo, got nccl"):
+    with pytest.raises(MeshError, match="expected a GPU for backend nccl.*set weights.backend"):
         form_mesh(identity, 0, refuse, interface="lo", form_timeout_s=1, operation_timeout_s=1)
 
 
