@@ -68,7 +68,7 @@ def run(cell: Cell, rank: int, folder: Path) -> None:
     )
     try:
         grid = Grid.form(parallel, rank, TIMEOUT_S)
-        layout = Layout(tiny(cell.family).eval(), grid, sequence=cell.sequence)
+        layout = Layout(tiny(cell.family).eval(), grid, **cell.options)
         loss, norm, gradients, count = measure(layout, cell.family)
         boxes = {name: layout.box(name) for name in gradients}
         told = {name: json.dumps([box.start, box.stop]) for name, box in boxes.items() if box is not None}

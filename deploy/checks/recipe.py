@@ -39,6 +39,8 @@ def look(recipe: Recipe, *, starting: bool = False) -> Findings:
         _try(found, "model", lambda: _model(recipe, hub=starting))
     if recipe.policy.parallel.ranks > 1:
         _try(found, "policy.parallel", lambda: _layout(recipe, hub=starting))
+    if recipe.policy.compile:
+        _try(found, "policy.compile", _compiler)
     _try(found, "rewards", lambda: _rewards(recipe))
     _try(found, "bus", lambda: _bus(recipe, starting))
     return found
@@ -142,6 +144,13 @@ def _layout(recipe: Recipe, *, hub: bool) -> str:
         return "policy.parallel: not looked at without the model's configuration"
     check_fit(load_config(recipe.model), parallel_of(recipe))
     return f"policy.parallel: {recipe.policy.parallel.ranks} ranks"
+
+
+def _compiler() -> str:
+    from services.policy.layouts.compiled import check_compiler
+
+    check_compiler()
+    return "policy.compile: a C++ compiler is here"
 
 
 def _on_hub(recipe: Recipe) -> bool:

@@ -23,6 +23,7 @@ CHANGEABLE = (
     "policy.threads",
     "policy.micro_batch_tokens",
     "policy.gradient_checkpointing",
+    "policy.compile",
     "policy.optimizer_offload",
 )
 """How a policy computes, not what: keys, or tables, that may differ from one start of a run to the next."""

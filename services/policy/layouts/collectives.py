@@ -1,7 +1,8 @@
 """Collectives that autograd can go back through, each named by what it does forward and, after `_`, backward.
 
 Megatron-LM's f and g (Shoeybi et al., arXiv 1909.08053, fig. 3) are `keep_sum` and `sum_keep`; those along the sequence
-are from Korthikanti et al., arXiv 2205.05198. All of them return their argument where an axis has one rank.
+are from Korthikanti et al., arXiv 2205.05198. All of them return their argument
+where an axis has one rank, and are no part of compiled layers.
 """
 
 from __future__ import annotations
@@ -18,36 +19,43 @@ from services.policy.layouts.grid import Axis
 Collective = Callable[[Tensor, Axis, int], Tensor]
 
 
+@torch.compiler.disable
 def keep_sum(value: Tensor, axis: Axis) -> Tensor:
     """What every rank has, on its way to where each uses a part of it: gradients are summed."""
     return value if axis.group is None else _KeepSum.apply(value, axis)
 
 
+@torch.compiler.disable
 def sum_keep(value: Tensor, axis: Axis) -> Tensor:
     """The sum of every rank's part."""
     return value if axis.group is None else _SumKeep.apply(value, axis)
 
 
+@torch.compiler.disable
 def gather_scatter(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """All ranks' parts joined along `dim`, for use in part by each: gradients are summed and cut again."""
     return value if axis.group is None else _Along.apply(value, axis, dim, _gather, _scatter)
 
 
+@torch.compiler.disable
 def scatter_gather(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum."""
     return value if axis.group is None else _Along.apply(value, axis, dim, _scatter, _gather)
 
 
+@torch.compiler.disable
 def gather_cut(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """All ranks' parts joined along `dim`, for use alike by each: a gradient is complete, its own part counts."""
     return value if axis.group is None else _Along.apply(value, axis, dim, _gather, _cut)
 
 
+@torch.compiler.disable
 def cut_gather(value: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of what every rank has."""
     return value if axis.group is None else _Along.apply(value, axis, dim, _cut, _gather)
 
 
+@torch.compiler.disable
 def gather_uneven(value: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
     """As `gather_cut` along the first dimension, of which the rank i has `sizes[i]`."""
     return value if axis.group is None else _GatherUneven.apply(value, axis, tuple(sizes))

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from services.policy.batch import Row
 from services.policy.decoder import Decoder, text_model
+from services.policy.layouts.compiled import check_compiler, compile_layer
 from services.policy.layouts.data import exchange, local, shard
 from services.policy.layouts.expert import share_experts
 from services.policy.layouts.fit import architecture_of, check_fit
@@ -55,6 +56,7 @@ class Layout:
         *,
         sequence: bool = False,
         checkpointing: bool = False,
+        compiled: bool = False,
         device: torch.device = CPU,
     ) -> None:
         # dropout would make the trainer disagree with the engine about the same tokens
@@ -80,6 +82,8 @@ class Layout:
             if hasattr(layer.mlp, "experts"):
                 experts = layer.mlp.experts
                 share_experts(experts, expert, tensor, self._begins(experts, "gate_up_proj"))
+            if compiled:
+                compile_layer(layer)
             if checkpointing:
                 layer.forward = _checkpointed(layer.forward)
         self._multiple = grid.parallel.cp * grid.parallel.tp if sequence else grid.parallel.cp
@@ -287,7 +291,15 @@ class Layout:
 def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None) -> Layout:
     """The layout that the recipe's [policy] asks for, of a model that is whole or without memory."""
     policy = recipe.policy
-    return Layout(model, grid, sequence=policy.parallel.sequence, checkpointing=policy.gradient_checkpointing)
+    if policy.compile:
+        check_compiler()
+    return Layout(
+        model,
+        grid,
+        sequence=policy.parallel.sequence,
+        checkpointing=policy.gradient_checkpointing,
+        compiled=policy.compile,
+    )
 
 
 def load_layout(recipe: Recipe, grid: Grid | None = None, *, weights: bool) -> Layout:

@@ -48,6 +48,10 @@ class PolicyTable(Table):
     gradient_checkpointing: bool = Field(
         False, description="keep a layer's input alone and compute the layer again in backward: less memory, more time"
     )
+    compile: bool = Field(
+        False,
+        description="compute decoder layers by torch.compile: faster steps, a slow first one; wants a C++ compiler",
+    )
     optimizer_offload: bool = Field(
         False, description="keep the optimizer's state in the host's memory: a GPU has room for more, steps take longer"
     )
