@@ -331,6 +331,18 @@ def test_a_renewed_key_is_taken_up_without_a_new_start_and_the_old_one_refused(
     assert [failure.of_key for failure in leaked.doorstep.failures()] == [True]
 
 
+def test_clients_find_a_controller_that_came_back_with_another_key(open_desk, open_client, folder, make_report, wait):
+    first = open_desk(TCP)
+    client = open_client(first.address)
+    client.start(WAIT_S)
+    first.close()
+    renew_key(folder, "controller")
+    second = open_desk(first.address, term=2)
+    client.send(make_report(1))
+    wait(client, lambda: client.stats()["in_flight"] == 0)
+    assert client.term == second.bus.term == 2
+
+
 def test_a_key_that_is_made_while_the_controller_runs_is_taken(open_desk, open_client, folder):
     desk = open_desk(TCP)
     add_key(folder, "rollout-5")
