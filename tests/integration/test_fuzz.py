@@ -1,9 +1,9 @@
 """A flood of wrong messages against the real controller, with keys and without: each is refused by name and counted.
 
 `ORRERY_FUZZ=100000` sets how many (`make fuzz`). Every message is wrong by the way it is made, not by what the code
-under test says of it: bytes that are no msgpack; messages cut short, with a field too few, too many, or of another type;
-whole messages of who never registered, of another term, or of a name that the key does not stand for; messages within a
-session of another term, incarnation, rank or sender, or sent again. Afterwards an honest rank must be welcomed.
+under test says of it: bytes that are no msgpack; messages cut short, with a field too few, too many, or of another
+type; whole ones of who never registered, of another term, or of a name that the key does not stand for; some within a
+session, of another term, incarnation, rank or sender, or sent again. Afterwards an honest rank must be welcomed.
 """
 
 from __future__ import annotations
