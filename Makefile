@@ -9,6 +9,7 @@ SEEDS ?= 500
 FIRST ?= 0
 JOBS ?= 2
 TIMES ?= 20
+COUNT ?= 100000
 TESTS ?= tests/integration
 
 # longest time for each suite, in seconds; a suite that runs longer fails
@@ -110,6 +111,9 @@ nccl = $(BIN)/python -c 'from shared.nccl.library import find, open_library; ope
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests/unit tests/integration $(ARGS)
+
+fuzz: $(STAMP) ## 100,000 wrong messages against a controller, with keys and without (COUNT=100000)
+	@ORRERY_FUZZ=$(COUNT) $(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -s tests/integration/test_fuzz.py $(ARGS)
 
 repeat: $(STAMP) ## integration tests again and again, until one fails (TIMES=20 TESTS=tests/integration/test_policies.py)
 	@for time in $$(seq $(TIMES)); do echo "$$time of $(TIMES)"; \

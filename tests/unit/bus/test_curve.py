@@ -312,15 +312,35 @@ def test_a_key_that_is_taken_off_the_list_is_cut_at_once(open_desk, open_client,
     assert stays.start(WAIT_S).incarnation == 1
 
 
-def test_a_renewed_key_replaces_the_old_one(open_desk, open_client, folder):
+def test_a_renewed_key_is_taken_up_without_a_new_start_and_the_old_one_refused(
+    open_desk, open_client, raw, folder, make_report, wait
+):
     desk = open_desk(TCP)
-    client = open_client(desk.address)
+    client, old = open_client(desk.address), client_keys(folder, "rollout-0")
     client.start(WAIT_S)
     renew_key(folder, "rollout")
-    with pytest.raises(Fenced, match="key"):
-        client.receive(WAIT_S)
-    again = open_client(desk.address)
-    assert again.start(WAIT_S).incarnation == 2
+    wait_for_count(desk, "key", 1)
+    for group in range(5):
+        client.send(make_report(group))
+    wait(client, lambda: client.stats()["in_flight"] == 0)
+    assert (client.incarnation, client.stats()["registrations"]) == (1, 1)
+    said = [i.envelope.body.group for i in desk.seen if isinstance(i.envelope.body, GroupReport)]
+    assert said == list(range(5))
+    leaked = raw(desk.address, old, b"rollout-3/0/5")
+    assert leaked.doorstep.events.poll(WAIT_MS)
+    assert [failure.of_key for failure in leaked.doorstep.failures()] == [True]
+
+
+def test_clients_find_a_controller_that_came_back_with_another_key(open_desk, open_client, folder, make_report, wait):
+    first = open_desk(TCP)
+    client = open_client(first.address)
+    client.start(WAIT_S)
+    first.close()
+    renew_key(folder, "controller")
+    second = open_desk(first.address, term=2)
+    client.send(make_report(1))
+    wait(client, lambda: client.stats()["in_flight"] == 0)
+    assert client.term == second.bus.term == 2
 
 
 def test_a_key_that_is_made_while_the_controller_runs_is_taken(open_desk, open_client, folder):
