@@ -42,7 +42,10 @@ _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 @dataclass(frozen=True)
 class ServiceArguments:
-    """What a service is started with. `bind` belongs to the controller alone, `controller` to all the others."""
+    """What a service is started with. `bind` belongs to the controller alone, `controller` to all the others.
+
+    `nodes` and `reach` are those of a policy replica's ranks.
+    """
 
     recipe: Recipe
     run_folder: Path
@@ -51,6 +54,8 @@ class ServiceArguments:
     replica: str
     launch: int = 0
     """Of the controller: a newer launch of the run supersedes it; 0 where only one can be."""
+    nodes: str = ""
+    reach: str = ""
 
 
 def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArguments:
@@ -66,6 +71,10 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
         )
     else:
         parser.add_argument("--controller", required=True, help="tcp://HOST:PORT, or a file that tells it")
+    if role == "policy":
+        ranks = "where the replica's ranks run, NODE:RANKS,... from this node on (default: all here)"
+        parser.add_argument("--nodes", default="", help=ranks)
+        parser.add_argument("--reach", default="", help='command that starts one on a node: "ssh {node}"')
     parser.add_argument("--replica", default=role if role == "controller" else f"{role}-0", help="name of this replica")
     given = parser.parse_args(argv)
     recipe = load_recipe(given.recipe, given.set)
@@ -76,6 +85,8 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
         bind=(given.bind or recipe.bus.bind) if role == "controller" else None,
         replica=given.replica,
         launch=given.launch if role == "controller" else 0,
+        nodes=given.nodes if role == "policy" else "",
+        reach=given.reach if role == "policy" else "",
     )
 
 

@@ -7,7 +7,7 @@ another policy's state has come.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from services.policy.batch import BatchError
 from services.policy.checkpoint import CheckpointError
 from services.policy.layouts.compose import Layout, layout_of
 from services.policy.layouts.grid import Grid
+from services.policy.ranks import parcels
 from services.policy.ranks.orders import Kind
 from services.policy.trainer import Trainer, TrainerError
 from shared.config import Recipe
@@ -28,6 +29,7 @@ from shared.mesh import Mesh, MeshError
 from shared.messages import LoadState, Position
 from shared.models import ModelError, load_model
 from shared.telemetry import get_logger
+from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
 
 FATAL = (ModelError, DataError, CheckpointError, BatchError)
 """Errors that a fresh process would meet again."""
@@ -49,7 +51,10 @@ def prepare_torch(recipe: Recipe) -> None:
 
 
 class Learner:
-    """The layout and trainer of this rank, whose place is `grid`; `meshes` are those of steps with other replicas."""
+    """The layout and trainer of this rank, whose place is `grid`; `meshes` are those of steps with other replicas.
+
+    `far` are the ranks that do not share memory with rank 0.
+    """
 
     def __init__(
         self,
@@ -57,11 +62,12 @@ class Learner:
         run_folder: Path,
         meshes: Callable[[int], AbstractContextManager[Mesh]],
         grid: Grid,
+        far: Collection[int] = (),
     ) -> None:
         self.layout: Layout | None = None
         self.trainer: Trainer | None = None
         self._recipe, self._run_folder = recipe, run_folder
-        self._meshes, self._grid = meshes, grid
+        self._meshes, self._grid, self._far = meshes, grid, sorted(far)
 
     def load(self, order: LoadState) -> bool:
         """Hold the state that the order names; False, and nothing is held, if it will come from another policy.
@@ -97,19 +103,38 @@ class Learner:
             self._lay_out(weights=False)
         get_logger().info("the model stands; its state comes from another policy")
 
-    def take(self, head: state.Head, tensors: dict[str, Tensor]) -> Trainer:
-        """Hold another policy's state, which `tensors` are a copy of; WeightsError if it does not fit the model."""
+    def take(self, head: state.Head, manifest: list[TensorSpec], memory: str | Tensor) -> Trainer:
+        """Hold another policy's state, which lies in `memory` as `manifest` says; WeightsError if it does not fit.
+
+        `memory` is rank 0's, or the path by which the ranks of its node open it.
+        """
         self.trainer = None  # what the model held is about to be overwritten
-        trainer = self._trainer(self.built(), head.position)
-        state.restore(trainer, head, tensors)
+        layout = self.built()
+        trainer = self._trainer(layout, head.position)
+        if self._is_far:
+            parts = parcels.accept(layout, manifest)
+        else:
+            tensors = _opened(memory, manifest)
+            if self._grid.rank == 0:
+                for rank in self._far:
+                    parcels.hand_out(layout, rank, tensors)
+            parts = state.cut(layout, tensors)
+        state.restore(trainer, head, parts)
         self.trainer = trainer
         return trainer
 
-    def gather(self, position: Position, what: state.Whole, targets: dict[str, Tensor]) -> None:
-        """Copy what this rank owns of the replica's weights or state into whole tensors."""
+    def gather(self, position: Position, what: state.Whole, manifest: list[TensorSpec], memory: str | Tensor) -> None:
+        """Put what this rank owns of the replica's weights or state into `memory`, as `take` reads it."""
         trainer = self.loaded()
         trainer.adopt(position)
+        if self._is_far:
+            parcels.give(trainer, what)
+            return
+        targets = _opened(memory, manifest)
         state.write(trainer, what, targets)
+        if self._grid.rank == 0:
+            for rank in self._far:
+                parcels.collect(trainer.layout, what, rank, targets)
 
     def built(self) -> Layout:
         """The model, whatever it holds; TrainerError before it was made."""
@@ -123,6 +148,10 @@ class Learner:
             raise TrainerError("a command came before the model was loaded: expected LoadState first")
         return self.trainer
 
+    @property
+    def _is_far(self) -> bool:
+        return self._grid.rank in self._far
+
     def _lay_out(self, *, weights: bool) -> Layout:
         self.trainer, self.layout = None, None  # give the memory back first
         recipe = self._recipe
@@ -133,3 +162,8 @@ class Learner:
 
     def _trainer(self, layout: Layout, position: Position) -> Trainer:
         return Trainer(layout, self._recipe, position, self._meshes)
+
+
+def _opened(memory: str | Tensor, manifest: list[TensorSpec]) -> dict[str, Tensor]:
+    opened = memory if isinstance(memory, Tensor) else open_shared(memory, area_bytes(manifest))
+    return tensor_views(opened, manifest)

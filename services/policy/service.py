@@ -34,6 +34,7 @@ from services.policy.learner import FATAL, Learner, prepare_torch
 from services.policy.peers import Peers
 from services.policy.ranks.crew import Crew
 from services.policy.ranks.meshes import ReplicaMeshes, bounds
+from services.policy.ranks.nodes import Nodes
 from services.policy.ranks.orders import (
     Abort,
     AnyOrder,
@@ -126,7 +127,8 @@ class PolicyService:
             meshes = ReplicaMeshes(member, client.request, self._tell, recipe, crew, crew.world)
             self._meshes = meshes
             crew.listen(meshes.hear, self._over)
-        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, grid or Grid.alone())
+        far = crew.nodes.far if crew is not None else ()
+        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, grid or Grid.alone(), far)
         self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE, self._copy)
         self._publisher = Publisher(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE)
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -378,7 +380,7 @@ class PolicyService:
     def _take(self, head: Head, area: Area) -> Trainer:
         encode = msgspec.msgpack.encode
         with self._together(Take(encode(head), encode(area.manifest), area.path)):
-            return self._learner.take(head, area.tensors)
+            return self._learner.take(head, area.manifest, area.memory)
 
     def _check_state(self, message: CheckState, _frames: Sequence[Frame]) -> None:
         self._peers.check(message, self._adopted(message.position))
@@ -404,7 +406,7 @@ class PolicyService:
         )
         manifest = msgspec.msgpack.encode(area.manifest)
         with self._together(Gather(trainer.position, what, manifest, area.path)):
-            self._learner.gather(trainer.position, what, area.tensors)
+            self._learner.gather(trainer.position, what, area.manifest, area.memory)
         return area
 
 
@@ -453,6 +455,7 @@ def main(arguments: ServiceArguments) -> int:
 
 def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
     recipe = arguments.recipe
+    nodes = Nodes.parse(arguments.nodes, arguments.reach, recipe.policy.parallel.ranks)
     prepare_torch(recipe)
     datasets, problem = _open_datasets(recipe)
     identities = [dataset.identity for dataset in datasets.values()]
@@ -470,7 +473,7 @@ def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
         with ExitStack() as together:
             crew = grid = None
             if recipe.policy.parallel.ranks > 1 and problem is None:
-                crew = together.enter_context(Crew(recipe, arguments.run_folder, client))
+                crew = together.enter_context(Crew(recipe, arguments.run_folder, client, nodes))
                 crew.form_world()
                 grid = Grid.form(parallel_of(recipe), 0, recipe.timeouts.step_s)
             service = signals.service = PolicyService(arguments, client, datasets, crew, grid)

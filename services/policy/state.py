@@ -52,11 +52,15 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     return {**found, RANDOM: torch.get_rng_state()}
 
 
+def parts_of(trainer: Trainer, what: Whole) -> dict[str, Tensor]:
+    """This rank's parts of the weights or the state by name; not copies."""
+    return trainer.layout.weights() if what == "weights" else tensors_of(trainer)
+
+
 def write(trainer: Trainer, what: Whole, targets: Mapping[str, Tensor]) -> None:
     """Copy those of this rank's parts that it owns into whole tensors."""
     layout = trainer.layout
-    parts = layout.weights() if what == "weights" else tensors_of(trainer)
-    for name, part in parts.items():
+    for name, part in parts_of(trainer, what).items():
         if name != RANDOM:
             layout.write(parameter_of(name, what), part, targets[name])
         elif layout.grid.rank == 0:
@@ -98,17 +102,26 @@ def manifest_for(head: Head, layout: Layout) -> list[TensorSpec]:
     return [*found, spec_of(RANDOM, torch.get_rng_state())]
 
 
-def restore(trainer: Trainer, head: Head, tensors: Mapping[str, Tensor]) -> None:
-    """Put this rank's parts of a whole state into the trainer, which holds the head's position afterwards."""
+def cut(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of a whole state; not copies."""
+    own = layout.weights()
+    return {
+        name: tensor if name == RANDOM else layout.cut(parameter_of(name), tensor)
+        for name, tensor in tensors.items()
+        if name == RANDOM or parameter_of(name) in own
+    }
+
+
+def restore(trainer: Trainer, head: Head, parts: Mapping[str, Tensor]) -> None:
+    """Put this rank's parts of a state into the trainer, which holds the head's position afterwards."""
     layout = trainer.layout
     device = next(trainer.model.parameters()).device
-    own = layout.weights()
     found: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}, REFERENCE: {}}
-    for name, tensor in tensors.items():
+    for name, part in parts.items():
         kind = name.partition("/")[0] + "/"
-        if name != RANDOM and (parameter := parameter_of(name)) in own:
-            found[kind][name.removeprefix(kind)] = layout.cut(parameter, tensor).to(device, copy=kind != MODEL)
-    load_tensors(own, found[MODEL])
+        if name != RANDOM:
+            found[kind][name.removeprefix(kind)] = part.to(device, copy=kind != MODEL)
+    load_tensors(layout.weights(), found[MODEL])
     reference = Snapshot(head.reference, found[REFERENCE]) if head.reference is not None else None
     trainer.restore(head.position, head.stage, head.steps, found[OPTIMIZER], reference)
-    torch.set_rng_state(tensors[RANDOM].clone())
+    torch.set_rng_state(parts[RANDOM].clone())

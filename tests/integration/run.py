@@ -130,9 +130,9 @@ class Run:
         """`orrery resume --set ...`."""
         return self._supervise("resume", str(self.folder), *_options(sets))
 
-    def launch(self, *command: str) -> subprocess.Popen[bytes]:
-        """Any `python -m ...` of this run, alone."""
-        return self.begin(sys.executable, "-m", *command)
+    def launch(self, *command: str, inside: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Any `python -m ...` of this run, alone; `inside` is what starts commands in a namespace."""
+        return self.begin(*inside, sys.executable, "-m", *command)
 
     def begin(self, *command: str) -> subprocess.Popen[bytes]:
         """Any command of this run."""

@@ -93,9 +93,14 @@ class Layout:
         """This rank's part of each parameter; the memory is the parameter's."""
         return {name: local(p.detach()) for name, p in self.model.named_parameters()}
 
-    def box(self, name: str) -> Box | None:
-        """Which part of a parameter this rank has; None for an empty one."""
-        return held(self._specs[name], self._architecture, self.grid.parallel, self.grid.rank)
+    def box(self, name: str, rank: int) -> Box | None:
+        """Which part of a parameter a rank has; None for an empty one."""
+        return held(self._specs[name], self._architecture, self.grid.parallel, rank)
+
+    def owned(self, name: str, rank: int) -> Box | None:
+        """The part that a rank has, if it is the one of all ranks with that part to hand it on."""
+        box = self.box(name, rank)
+        return box if owner(self._specs[name], self._architecture, self.grid.parallel, rank) else None
 
     @property
     def whole(self) -> bool:
@@ -104,13 +109,13 @@ class Layout:
 
     def write(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Copy this rank's part of what belongs to a parameter into the whole of it, if no other rank is to do it."""
-        box, spec = self.box(name), self._specs[name]
-        if box is not None and owner(spec, self._architecture, self.grid.parallel, self.grid.rank):
-            whole[box.within(Box.whole(spec.shape))].copy_(part)
+        box = self.owned(name, self.grid.rank)
+        if box is not None:
+            whole[box.within(Box.whole(self._specs[name].shape))].copy_(part)
 
     def cut(self, name: str, whole: Any) -> Tensor:
         """This rank's part of what belongs to a parameter: of a tensor, or of a file's slice that reads no more."""
-        box, spec = self.box(name), self._specs[name]
+        box, spec = self.box(name, self.grid.rank), self._specs[name]
         if box is None:
             return torch.empty_like(self.weights()[name])
         found: Tensor = whole[box.within(Box.whole(spec.shape))]

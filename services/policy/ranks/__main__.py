@@ -21,7 +21,7 @@ def main() -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # rank 0 starts its members with these blocked
-    told = sys.stdin.buffer.read()
+    told = sys.stdin.buffer.readline()
     from services.policy.ranks.member import run
 
     run(told)

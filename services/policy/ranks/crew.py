@@ -4,18 +4,16 @@
 
 Ranks live and die together. When a member has died or failed, or the replica was fenced, the crew's thread kills all
 members, which may hang in a collective, and leaves the main thread, which may hang in one too, a moment to end this
-process in good order; then it does so itself. Invariants: no member outlives rank 0 (the kernel kills them with it);
-what is waited for is named in every error.
+process in good order; then it does so itself. Invariants: no member outlives rank 0 (the kernel kills those of its
+node with it, the others lose their standard input); what is waited for is named in every error.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +24,20 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from services.policy.ranks.channel import CrewChannel, check_path
-from services.policy.ranks.group import form_world, leave_world
-from services.policy.ranks.orders import AnyOrder, Begin, Done, Failed, Leave, RanksError, Start, Told
+from services.policy.ranks.channel import CrewChannel
+from services.policy.ranks.group import Meeting, form_world, leave_world
+from services.policy.ranks.nodes import Nodes, address_for_nodes
+from services.policy.ranks.orders import (
+    AnyAnswer,
+    AnyOrder,
+    Done,
+    Failed,
+    Here,
+    Leave,
+    RanksError,
+    Start,
+    Told,
+)
 from shared.arrays import Frame
 from shared.bus import BusClient, BusError
 from shared.config import Recipe
@@ -61,15 +70,27 @@ class _Member:
 class Crew:
     """Ranks 1 to `world` - 1 of this replica. Use it as a context manager, in the main thread.
 
-    `client` is rank 0's, started; `command` is how a member is started.
+    `client` is rank 0's, started; `nodes` says where ranks run, all here if it is None; `command` is how a member is
+    started. RecipeError for an interface that the other nodes cannot reach.
     """
 
-    def __init__(self, recipe: Recipe, run_folder: Path, client: BusClient, command: Sequence[str] = MEMBER) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_folder: Path,
+        client: BusClient,
+        nodes: Nodes | None = None,
+        command: Sequence[str] = MEMBER,
+    ) -> None:
         self.world = recipe.policy.parallel.ranks
         self._recipe, self._run_folder, self._client = recipe, run_folder, client
+        self.nodes = nodes or Nodes.here(self.world)
         self._command = command
-        self._folder = Path(tempfile.mkdtemp(prefix="orrery-ranks-"))  # for this user alone
-        self._store = os.memfd_create("orrery-world")  # where ranks meet: no port is opened, and nothing is left behind
+        interface = recipe.weights.interface if self.nodes.far else None
+        address = address_for_nodes(interface) if interface else None
+        self._channel = CrewChannel(interface)
+        self._meeting = Meeting(self.world, address)
+        self._here: set[int] = set()
         self._members: list[_Member] = []
         self._changed = threading.Condition()
         self._number = 0
@@ -80,12 +101,6 @@ class Crew:
         self._obeys = False  # all members take orders: what ends in good order can be told so
         self._report: Report | None = None
         self._on_end: Callable[[RanksError], None] | None = None
-        try:
-            check_path(self._folder)
-            self._channel = CrewChannel(self._folder, range(1, self.world))
-        except BaseException:
-            self._remove_folder()
-            raise
         self._thread = threading.Thread(target=self._watch, name="crew", daemon=True)
 
     def __enter__(self) -> Crew:
@@ -105,12 +120,25 @@ class Crew:
 
     def form_world(self) -> None:
         """Wait until all members are ranks of the replica, and make the process group with them; RanksError."""
-        self.do(Begin())
-        self.finish()
-        self._remove_folder()  # all are connected
+        self.wait_for_all()
+        self._channel.hide()
         interface, timeout_s = self._recipe.weights.interface, self._recipe.timeouts.step_s
-        form_world(0, self.world, self._path, interface=interface, timeout_s=timeout_s)
+        form_world(0, self.world, self._meeting.store(), interface=interface, timeout_s=timeout_s)
         self._obeys = True
+
+    def wait_for_all(self) -> None:
+        """Wait until all members have said that they are there; RanksError names those that have not."""
+        limit_s = self._recipe.timeouts.load_s
+        with self._changed:
+            self._changed.wait_for(lambda: self._over is not None or len(self._here) == self.world - 1, limit_s)
+            self._raise_if_over()
+            absent = [rank for rank in range(1, self.world) if rank not in self._here]
+        if absent:
+            where = sorted({self.nodes.names[rank] for rank in absent} - {""})
+            raise RanksError(
+                f"rank 0 waited {limit_s:g} s (timeouts.load_s) for rank {', '.join(map(str, absent))} to start"
+                f"{' on ' + ', '.join(where) if where else ''}: nothing came; see its log"
+            )
 
     def listen(self, report: Report, on_end: Callable[[RanksError], None]) -> None:
         """Have `report` told what members say of their meshes, and `on_end` why the replica is over."""
@@ -199,7 +227,7 @@ class Crew:
             with suppress(BusError):
                 self._client.send(ReplicaFailed(cause, code == EXIT_FATAL), timeout_s=LAST_WORDS_S)
                 self._client.close(f"this replica ends with code {code}", LAST_WORDS_S)
-        self._remove_folder()
+        self._channel.hide()
         leave_at_once(code)
 
     def close(self) -> None:
@@ -221,12 +249,9 @@ class Crew:
         self._channel.close()
         for member in self._members:
             os.close(member.watch)
-        os.close(self._store)
-        self._remove_folder()
-
-    @property
-    def _path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._store}"
+            with suppress(BrokenPipeError):
+                member.process.stdin.close()  # type: ignore[union-attr]  # a pipe
+        self._meeting.close()
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
@@ -238,24 +263,26 @@ class Crew:
             replica=replica,
             rank=rank,
             world=self.world,
-            folder=str(self._folder),
-            store=self._path,
+            far=sorted(self.nodes.far),
+            meet=self._channel.meet(rank),
+            store=self._meeting.path,
             invitation=invitation(self._client, self._recipe.timeouts.register_s),
         )
         # blocked until it ignores them: a signal to the process group is for rank 0 alone
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             process = subprocess.Popen(
-                [*self._command, f"{replica}.{rank}"],
+                [*self.nodes.there(rank), *self._command, f"{replica}.{rank}"],
                 stdin=subprocess.PIPE,
-                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+                env=os.environ | ({} if rank in self.nodes.far else {PARENT_VARIABLE: str(os.getpid())}),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         member = _Member(rank, process, os.pidfd_open(process.pid))
         assert process.stdin is not None
-        with suppress(BrokenPipeError), process.stdin:  # one that has ended already is seen by its descriptor
-            process.stdin.write(msgspec.json.encode(start))
+        with suppress(BrokenPipeError):  # one that has ended already is seen by its descriptor
+            process.stdin.write(msgspec.json.encode(start) + b"\n")
+            process.stdin.flush()  # it stays open: a far rank ends when it closes
         return member
 
     def _kill(self) -> None:
@@ -263,9 +290,6 @@ class Crew:
             member.process.kill()
         for member in self._members:
             member.process.wait()
-
-    def _remove_folder(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     # --- the crew's thread --------------------------------------------------------------------------------------------
 
@@ -284,13 +308,19 @@ class Crew:
             for member in self._members:
                 if member.watch in ready:
                     code = member.process.wait()
-                    cause = f"rank {member.rank} (process {member.process.pid}) ended: {_how(code)}"
+                    where = f" on {self.nodes.names[member.rank]}" if member.rank in self.nodes.far else ""
+                    cause = f"rank {member.rank}{where} (process {member.process.pid}) ended: {_how(code)}"
                     self.end(cause, EXIT_FENCED if code == EXIT_FENCED else EXIT_RESTART)
             if self._over is not None:
                 return
 
-    def _take(self, answer: Done | Failed | Told) -> None:
-        if isinstance(answer, Told):
+    def _take(self, answer: AnyAnswer) -> None:
+        if isinstance(answer, Here):
+            self._channel.connect(answer.rank, answer.orders)
+            with self._changed:
+                self._here.add(answer.rank)
+                self._changed.notify_all()
+        elif isinstance(answer, Told):
             if self._report is not None:
                 self._report(answer.rank, answer.message)
         elif isinstance(answer, Failed) and answer.kind != "mesh":

@@ -3,16 +3,18 @@
     orders -> inbox thread -+- Form, Revoke -> mesh membership (at once, even while a step is computed)
                             +- everything else -> main thread: the table of handlers below, an answer to each
 
-Invariants: it ends with rank 0, however that ends; an error is rank 0's to judge, and this process lives on until rank
-0 ends it.
+Invariants: it ends with rank 0, however that ends (on rank 0's node the kernel sees to it); an error is rank 0's to
+judge, and this process lives on until rank 0 ends it.
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +24,7 @@ from services.policy.batch import Frame
 from services.policy.layouts.grid import Grid, parallel_of
 from services.policy.learner import Learner, kind_of, prepare_torch
 from services.policy.ranks.channel import MemberChannel
-from services.policy.ranks.group import form_world, leave_world
+from services.policy.ranks.group import form_world, leave_world, store_at
 from services.policy.ranks.meshes import bounds, of_rank
 from services.policy.ranks.orders import (
     Abort,
@@ -33,6 +35,7 @@ from services.policy.ranks.orders import (
     Forget,
     Form,
     Gather,
+    Here,
     Leave,
     Load,
     Revoke,
@@ -46,19 +49,21 @@ from shared.config import Recipe
 from shared.engines.ranks import join
 from shared.mesh.membership import MeshMembership
 from shared.messages import AnyMessage, MeshFailed, MeshFormed, MeshMember
-from shared.service import EXIT_DONE, begin_logging
+from shared.service import EXIT_DONE, EXIT_RESTART, begin_logging
 from shared.telemetry import get_logger
-from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
+from shared.weights import TensorSpec
 
 
 def run(told: bytes) -> NoReturn:
     """One member, until it is told to leave."""
     start = msgspec.json.decode(told, type=Start)
+    if start.rank in start.far:
+        threading.Thread(target=_end_with_rank_0, name="lifeline", daemon=True).start()
     begin_logging(Path(start.run_folder), "policy", f"{start.replica}.{start.rank}")
     recipe = Recipe.model_validate(start.recipe)
     prepare_torch(recipe)
     client = join(start.invitation, start.rank - 1)
-    channel = MemberChannel(Path(start.folder), start.rank)
+    channel = MemberChannel(start.meet, start.rank)
 
     def tell(message: AnyMessage) -> None:
         assert isinstance(message, MeshFormed | MeshFailed)
@@ -67,14 +72,22 @@ def run(told: bytes) -> NoReturn:
     member = MeshMember(start.replica, client.incarnation, start.rank)
     meshes = MeshMembership(member, client.request, tell, **bounds(recipe))
     orders = Orders(channel, meshes)
-    orders.begin()  # here: all ranks are, when all have answered this
+    channel.answer(Here(start.rank, channel.address))
     timeouts = recipe.timeouts
-    form_world(start.rank, start.world, start.store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
+    store = store_at(start.store, start.world)
+    form_world(start.rank, start.world, store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
     grid = Grid.form(parallel_of(recipe), start.rank, timeouts.step_s)
-    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid))
+    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid, start.far))
     leave_world()
     get_logger().info("this rank ends: rank 0 leaves")
     os._exit(EXIT_DONE)  # rank 0 speaks for the replica: threads and sockets have nothing to hand over
+
+
+def _end_with_rank_0() -> None:
+    """Rank 0 holds the other end of standard input, over whatever started this process: it closes with rank 0."""
+    with suppress(OSError):
+        sys.stdin.buffer.read()
+    os._exit(EXIT_RESTART)
 
 
 class Orders:
@@ -84,11 +97,6 @@ class Orders:
         self._channel, self._meshes = channel, meshes
         self._inbox: queue.SimpleQueue[tuple[int, AnyOrder, list[memoryview]]] = queue.SimpleQueue()
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
-
-    def begin(self) -> None:
-        """Answer the first order."""
-        number, _, _ = self._inbox.get()
-        self._channel.answer(Done(self._channel.rank, number, holds=False))
 
     def obey(self, learner: Learner) -> None:
         """Carry out orders with this learner until one of them is to leave."""
@@ -142,14 +150,12 @@ def _abort(learner: Learner, order: Abort, _frames: list[memoryview]) -> None:
 
 def _gather(learner: Learner, order: Gather, _frames: list[memoryview]) -> None:
     manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
-    memory = open_shared(order.path, area_bytes(manifest))
-    learner.gather(order.position, order.what, tensor_views(memory, manifest))
+    learner.gather(order.position, order.what, manifest, order.path)
 
 
 def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:
     manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
-    memory = open_shared(order.path, area_bytes(manifest))
-    learner.take(msgspec.msgpack.decode(order.head, type=Head), tensor_views(memory, manifest))
+    learner.take(msgspec.msgpack.decode(order.head, type=Head), manifest, order.path)
 
 
 HANDLERS: dict[type, Callable[[Learner, Any, list[memoryview]], None]] = {

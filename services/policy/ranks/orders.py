@@ -34,15 +34,34 @@ class RanksError(Exception):
         self.fatal = fatal
 
 
+class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A CURVE key pair (Z85) of one crew, which nobody else knows; empty where sockets are files."""
+
+    public: str
+    secret: str
+
+
+class Meet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """ZeroMQ addresses: of rank 0's `answers`, and what a member binds for its `orders`."""
+
+    answers: str
+    orders: str
+    keys: Keys
+
+
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a member is told over its standard input (JSON). `folder` has the sockets; `store` is what ranks meet by."""
+    """What a member is told over its standard input, as a line of JSON.
+
+    `store` is where the ranks' process group finds itself; `far` are the ranks that share no memory with rank 0.
+    """
 
     recipe: dict[str, Any]
     run_folder: str
     replica: str
     rank: int
     world: int
-    folder: str
+    far: list[int]
+    meet: Meet
     store: str
     invitation: bytes
 
@@ -54,12 +73,6 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     """Base of every order. `patience` is the name in [timeouts] of how long rank 0 waits for the answers."""
 
     patience: ClassVar[str] = "step_s"
-
-
-class Begin(Order, frozen=True):
-    """The first one: be there. Answered once the process has loaded its libraries and is a rank on the bus."""
-
-    patience = "load_s"
 
 
 class Load(Order, frozen=True):
@@ -96,7 +109,7 @@ class Abort(Order, frozen=True):
 class Gather(Order, frozen=True):
     """`Learner.gather`: put this rank's parts of what the replica holds into memory that rank 0 shares by `path`.
 
-    `manifest`, of that memory, is a list of TensorSpec as msgpack.
+    `manifest`, of that memory, is a list of TensorSpec as msgpack. Far ranks send theirs.
     """
 
     position: Position
@@ -109,7 +122,7 @@ class Gather(Order, frozen=True):
 class Take(Order, frozen=True):
     """`Learner.take`: another policy's state has come to rank 0, which shares the memory that it lies in by `path`.
 
-    `head` is a state.Head and `manifest` a list of TensorSpec, each as msgpack.
+    `head` is a state.Head and `manifest` a list of TensorSpec, each as msgpack. Far ranks are sent their parts.
     """
 
     head: bytes
@@ -134,7 +147,7 @@ class Leave(Order, frozen=True):
     """End this process. Answered by its end."""
 
 
-AnyOrder = Begin | Load | Forget | Train | Commit | Abort | Gather | Take | Form | Revoke | Leave
+AnyOrder = Load | Forget | Train | Commit | Abort | Gather | Take | Form | Revoke | Leave
 
 
 class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,6 +164,12 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     """Base of what a member says."""
 
     rank: int
+
+
+class Here(Answer, frozen=True):
+    """The first thing that it says, as soon as it is a rank on the bus: where it takes orders."""
+
+    orders: str
 
 
 class Done(Answer, frozen=True):
@@ -174,4 +193,4 @@ class Told(Answer, frozen=True):
     message: MeshFormed | MeshFailed
 
 
-AnyAnswer = Done | Failed | Told
+AnyAnswer = Here | Done | Failed | Told

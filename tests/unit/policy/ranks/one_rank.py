@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from services.policy import state
 from services.policy.layouts.compose import layout_of
 from services.policy.layouts.grid import Grid, parallel_of
-from services.policy.ranks.group import form_world, leave_world
+from services.policy.ranks.group import form_world, leave_world, store_at
 from services.policy.trainer import Trainer
 from shared.config import Recipe
 from shared.messages import CommitStep, GradientsReady, TrainStep
@@ -33,7 +33,8 @@ def main() -> None:
     told = msgspec.msgpack.decode(sys.stdin.buffer.read())
     torch.set_num_threads(1)
     recipe = Recipe.model_validate(told["recipe"])
-    form_world(rank, recipe.policy.parallel.ranks, store, interface="lo", timeout_s=60.0)
+    world = recipe.policy.parallel.ranks
+    form_world(rank, world, store_at(store, world), interface="lo", timeout_s=60.0)
     layout = layout_of(load_model(recipe.model, 0, weights=True), recipe, Grid.form(parallel_of(recipe), rank, 60.0))
     steps = [(msgspec.convert(step, TrainStep), frames) for step, frames in told["steps"]]
     trainer = Trainer(layout, recipe, steps[0][0].position, no_mesh)  # type: ignore[arg-type]  # never called

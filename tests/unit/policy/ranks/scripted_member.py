@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 import msgspec
 
 from services.policy.ranks.channel import MemberChannel
-from services.policy.ranks.orders import Begin, Done, Failed, Leave, Load, Revoke, Start, Told
+from services.policy.ranks.orders import Done, Failed, Here, Leave, Load, Revoke, Start, Told
 from shared.messages import MeshFailed
 
 
 def main() -> None:
-    start = msgspec.json.decode(sys.stdin.buffer.read(), type=Start)
-    channel = MemberChannel(Path(start.folder), start.rank)
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=Start)
+    channel = MemberChannel(start.meet, start.rank)
+    channel.answer(Here(start.rank, channel.address))
     while True:
         number, order, _ = channel.receive()
         wanted = order.state.path if isinstance(order, Load) else ""
@@ -24,7 +24,7 @@ def main() -> None:
             return
         if isinstance(order, Revoke):
             channel.answer(Told(start.rank, MeshFailed(order.mesh.epoch, order.mesh.cause)))
-        elif isinstance(order, Begin) or wanted == "done":
+        elif wanted == "done":
             channel.answer(Done(start.rank, number, holds=True))
         elif wanted == "die":
             os.kill(os.getpid(), signal.SIGKILL if start.rank == 2 else signal.SIGSTOP)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from services.policy.batch import sequences_of
 from services.policy.ranks.channel import WAITING, CrewChannel, MemberChannel
@@ -20,6 +19,7 @@ from services.policy.ranks.orders import (
     Failed,
     Forget,
     Gather,
+    Here,
     Load,
     RanksError,
     Take,
@@ -31,20 +31,22 @@ from shared.messages import CommitStep, LoadState, MeshFormed, Position
 AT = Position(1, 2, 3)
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="orrery-") as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def crew(folder: Path) -> Iterator[CrewChannel]:
-    channel = CrewChannel(folder, [1, 2])
+@pytest.fixture(params=[None, "lo"], ids=["one node", "over TCP"])
+def crew(request: pytest.FixtureRequest) -> Iterator[CrewChannel]:
+    channel = CrewChannel(request.param)
     yield channel
     channel.close()
 
 
-def test_what_was_sent_before_a_member_came_waits_for_it_in_order(crew: CrewChannel, folder: Path) -> None:
+def members_of(crew: CrewChannel) -> list[MemberChannel]:
+    members = [MemberChannel(crew.meet(rank), rank) for rank in (1, 2)]
+    for member in members:
+        crew.connect(member.rank, member.address)
+    return members
+
+
+def test_orders_wait_for_a_member_that_takes_them_later_and_come_in_order(crew: CrewChannel) -> None:
+    members = members_of(crew)
     orders: list[AnyOrder] = [
         Load(LoadState("peer", AT, "")),
         Commit(CommitStep(3, 1, 1)),
@@ -55,14 +57,13 @@ def test_what_was_sent_before_a_member_came_waits_for_it_in_order(crew: CrewChan
     ]
     for number, order in enumerate(orders, 1):
         crew.send(number, order)
-    for rank in (1, 2):
-        member = MemberChannel(folder, rank)
+    for member in members:
         assert [member.receive() for _ in orders] == [(n, order, []) for n, order in enumerate(orders, 1)]
 
 
-def test_a_step_arrives_with_its_payload_on_every_rank(crew: CrewChannel, folder: Path, tools: Any) -> None:
+def test_a_step_arrives_with_its_payload_on_every_rank(crew: CrewChannel, tools: Any) -> None:
     step, frames = tools.step(tools.recipe(), AT)
-    members = [MemberChannel(folder, rank) for rank in (1, 2)]
+    members = members_of(crew)
     crew.send(1, Train(step), [memoryview(frame) for frame in frames])
     expected = sequences_of(step, frames)
     for member in members:
@@ -72,11 +73,16 @@ def test_a_step_arrives_with_its_payload_on_every_rank(crew: CrewChannel, folder
         assert [s.tokens.tolist() for s in found] == [s.tokens.tolist() for s in expected]
 
 
-def test_answers_of_all_ranks_come_through_one_socket(crew: CrewChannel, folder: Path) -> None:
-    sent: list[AnyAnswer] = [Done(1, 7, True), Failed(2, 7, "mesh", "it broke"), Told(1, MeshFormed(4))]
-    members = {rank: MemberChannel(folder, rank) for rank in (1, 2)}
+def test_answers_of_all_ranks_come_through_one_socket(crew: CrewChannel) -> None:
+    sent: list[AnyAnswer] = [
+        Here(1, "tcp://10.0.0.1:7"),
+        Done(1, 7, True),
+        Failed(2, 7, "mesh", "it broke"),
+        Told(1, MeshFormed(4)),
+    ]
+    members = members_of(crew)
     for answer in sent:
-        members[answer.rank].answer(answer)
+        members[answer.rank - 1].answer(answer)
     found: list[AnyAnswer | None] = []
     while len(found) < len(sent):
         assert crew.answers.poll(10_000)
@@ -85,7 +91,34 @@ def test_answers_of_all_ranks_come_through_one_socket(crew: CrewChannel, folder:
     assert crew.receive() is None
 
 
+def test_over_tcp_nobody_is_heard_who_does_not_know_the_key_of_this_crew() -> None:
+    crew = CrewChannel("lo")
+    (member, _) = members_of(crew)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        for keys in (None, zmq.curve_keypair()):
+            stranger = context.socket(zmq.PUSH)
+            stranger.linger = 0
+            failed = stranger.get_monitor_socket(
+                zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            )
+            if keys is not None:
+                stranger.curve_serverkey = stranger.curve_publickey = keys[0]
+                stranger.curve_secretkey = keys[1]
+            stranger.connect(crew.meet(1).answers)
+            assert failed.poll(10_000), "the handshake was not refused"
+            stranger.disable_monitor()
+            stranger.close()
+        member.answer(Done(1, 7, True))
+        assert crew.answers.poll(10_000)
+        assert crew.receive() == Done(1, 7, True)
+    finally:
+        context.destroy(linger=0)
+        crew.close()
+
+
 def test_a_member_that_takes_nothing_is_named(crew: CrewChannel) -> None:
+    crew.connect(1, "ipc:///tmp/orrery-nobody" if crew.meet(1).keys.secret == "" else "tcp://127.0.0.1:1")
     for number in range(WAITING):
         crew.send(number, Forget())
     with pytest.raises(RanksError, match=f"rank 1 takes no order Forget: {WAITING} others wait"):

@@ -15,7 +15,7 @@ import pytest
 
 from services.policy.ranks import crew as crews
 from services.policy.ranks.crew import Crew
-from services.policy.ranks.orders import Begin, Load, RanksError, Revoke
+from services.policy.ranks.orders import Load, RanksError, Revoke
 from shared.bus import BusClient
 from shared.mesh import MeshError
 from shared.messages import LoadState, Position, RevokeMesh
@@ -40,11 +40,10 @@ def start(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     def make() -> Crew:
         recipe = tools.recipe(policy__parallel={"replicate": 3})
         client = BusClient("tcp://127.0.0.1:1", role="policy", replica="policy-0", world=3, settings=recipe.bus)
-        crew = Crew(recipe, tmp_path / "run", client, MEMBER)
+        crew = Crew(recipe, tmp_path / "run", client, command=MEMBER)
         started.append(crew)
         crew.__enter__()
-        crew.do(Begin())
-        assert [done.rank for done in crew.finish()] == [1, 2]
+        crew.wait_for_all()
         return crew
 
     yield make
@@ -141,5 +140,5 @@ def test_a_folder_too_long_for_sockets_is_refused_and_removed(
     recipe = tools.recipe(policy__parallel={"replicate": 2})
     client = BusClient("tcp://127.0.0.1:1", role="policy", replica="policy-0", world=2, settings=recipe.bus)
     with pytest.raises(RanksError, match="set TMPDIR to a shorter one"):
-        Crew(recipe, tmp_path, client, MEMBER)
+        Crew(recipe, tmp_path, client)
     assert not os.listdir(deep)
