@@ -20,6 +20,10 @@ class Launcher(StrEnum):
 
 def check(launcher: Launcher, recipe: Recipe) -> None:
     """RecipeError for what the launcher could never start."""
+    if recipe.policy.nodes > 1 and launcher is not Launcher.slurm:
+        from shared.config import RecipeError
+
+        raise RecipeError(f"policy.nodes is {recipe.policy.nodes}: a cluster has several; use --launcher slurm")
     match launcher:
         case Launcher.local:
             from deploy.local import check_environments

@@ -18,7 +18,13 @@ from shared.config import Recipe, RecipeError, dump_recipe, load_recipe
 
 _LOCK = "supervisor.pid"
 _LAUNCHER = "launcher"
-CHANGEABLE = ("policy.parallel.", "policy.threads", "policy.micro_batch_tokens", "policy.gradient_checkpointing")
+CHANGEABLE = (
+    "policy.parallel.",
+    "policy.nodes",
+    "policy.threads",
+    "policy.micro_batch_tokens",
+    "policy.gradient_checkpointing",
+)
 """How a policy computes, not what: keys, or tables, that may differ from one start of a run to the next."""
 
 
