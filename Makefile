@@ -22,6 +22,7 @@ ENGINES ?= transformers vllm sglang
 BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900
 TABLE_BUDGET ?= 3600
+SLURM_BUDGET ?= 900
 LIVE_BUDGET ?= 7200
 COMPOSE_BUDGET ?= 1200
 
@@ -51,7 +52,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slow test-compose images wheelhouse gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slurm test-slow test-compose images wheelhouse gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +95,10 @@ gpu-check: ## what only a GPU can show: narrow formats and layouts of vLLM and S
 	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 	@for engine in vllm sglang; do $(BUDGETED) $(ENGINE_BUDGET) .venv-$$engine/bin/python -m pytest -q -p no:cacheprovider \
 		tests/engines/test_quantised.py tests/engines/test_ranks.py --engine $$engine $(ARGS) || exit 1; done
+
+test-slurm: $(STAMP) ## whole runs on a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
+	@tests/slurm/install.sh
+	@$(BUDGETED) $(SLURM_BUDGET) $(PYTEST) -x -s -p no:cacheprovider tests/slurm $(ARGS)
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)

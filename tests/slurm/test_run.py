@@ -30,7 +30,7 @@ SETS = {
     "rollout.replicas": "2",
     "evaluator.engine": "own",
     "evaluation.every": "50",
-    "train.batches": "1800",
+    "train.batches": "700",
     "checkpoint.every": "50",
     "timeouts.transfer_s": "10.0",
 }
@@ -40,6 +40,25 @@ TWO_NODES = {
     "policy.parallel.tp": "2",
     "policy.nodes": "2",
 }
+
+PACE = """
+import time
+
+
+def pace(completion):
+    time.sleep(0.03)
+    return 0.0
+"""
+"""A reward that takes its time: on a fast machine too the run lasts until the last of what is done to it."""
+
+
+def write_paced_recipe(folder: Path) -> Path:
+    """The recipe of the integration tests, about five steps a second at most."""
+    (folder / "pace.py").write_text(PACE)
+    recipe = write_recipe(folder)
+    with recipe.open("a") as file:
+        file.write('\n[[rewards.parts]]\nkind = "python"\nfunction = "pace:pace"\nweight = 0.0\n')
+    return recipe
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +155,7 @@ class ClusterRun:
 
 def test_a_run_lives_through_what_a_cluster_does_to_it(cluster: Cluster, tmp_path: Path) -> None:
     run = ClusterRun(cluster, tmp_path / "run")
-    shell = run.make_up(write_recipe(tmp_path), SETS)
+    shell = run.make_up(write_paced_recipe(tmp_path), SETS)
     try:
         run.wait_for(lambda: run.steps() >= 32 or shell.poll() is not None, "the first steps of RL")
         assert shell.poll() is None, f"make up ended with code {shell.returncode}\n{run.story()}"
