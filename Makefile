@@ -9,6 +9,7 @@ SEEDS ?= 500
 FIRST ?= 0
 JOBS ?= 2
 TIMES ?= 20
+COUNT ?= 100000
 TESTS ?= tests/integration
 
 # longest time for each suite, in seconds; a suite that runs longer fails
@@ -52,7 +53,7 @@ BUDGETED = OMP_NUM_THREADS=1 timeout --foreground --signal=INT --kill-after=30
 PYTEST = $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status audit test test-unit test-integration test-engines test-slurm test-slow test-compose images wheelhouse gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
+.PHONY: help up down status audit test test-unit test-integration test-engines test-slurm test-slow test-compose fuzz images wheelhouse gpu-check repeat bench-control-plane bench-sync-loop bench-trl bench-shared-prompt bench-packing bench-engines bench-quantised parallel-table quickstart-table chaos controller-kills elastic env-transformers env-vllm env-sglang model simulate check pictures format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +104,9 @@ test-slurm: $(STAMP) ## whole runs on a real Slurm of four nodes on this machine
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -m slow tests/unit tests/integration $(ARGS)
+
+fuzz: $(STAMP) ## 100,000 wrong messages against a controller, with keys and without (COUNT=100000)
+	@ORRERY_FUZZ=$(COUNT) $(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -s tests/integration/test_fuzz.py $(ARGS)
 
 repeat: $(STAMP) ## integration tests again and again, until one fails (TIMES=20 TESTS=tests/integration/test_policies.py)
 	@for time in $$(seq $(TIMES)); do echo "$$time of $(TIMES)"; \

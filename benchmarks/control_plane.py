@@ -3,7 +3,8 @@
 Two measurements over real TCP sockets on loopback, with the real controller process:
 
 - throughput: groups of 64 samples x 512 tokens through lease -> report -> spool and journal (fsync) -> assign with
-  payload -> commit, in turns with a bare pyzmq + msgpack loop that takes, appends and fsyncs the same bytes;
+  payload -> commit, without keys and with CURVE, in turns with a bare pyzmq + msgpack loop that takes, appends and
+  fsyncs the same bytes;
 - fleets: latency, memory and reconnection with 100 and 1,000 connected replicas.
 
 Writes `results/control_plane.json` and `.md`. Every wait ends, every process is gone when this one is.
@@ -19,6 +20,7 @@ import platform
 import shutil
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +37,31 @@ WORK_S = 10.0
 
 
 def measure_throughput(folder: Path, groups: int, rounds: int) -> dict[str, Any]:
-    """Controller and bare loop in turns; the ratio is the median of the rounds' ratios."""
-    ours: list[Rate] = []
-    bare: list[Rate] = []
+    """Controller, the same with CURVE, and bare loop in turns; a ratio is the median of the rounds' ratios."""
+    ways = {"controller": controller_rate, "curve": partial(controller_rate, keys=True), "bare": bare_rate}
+    rates: dict[str, list[Rate]] = {name: [] for name in ways}
     for index in range(rounds):
-        for name, measure, rates in (("controller", controller_rate, ours), ("bare", bare_rate, bare)):
-            rates.append(measure(folder / f"{name}-{index}", groups, LOADS))
+        for name, measure in ways.items():
+            rate = measure(folder / f"{name}-{index}", groups, LOADS)
+            rates[name].append(rate)
             shutil.rmtree(folder / f"{name}-{index}")  # gigabytes, whose pages would slow the next round down
-            print(f"round {index + 1} {name}: {rates[-1].groups_per_s:.0f} groups/s, CPU ms a group {rates[-1].cpu_ms}")
-    ratios = [mine.groups_per_s / other.groups_per_s for mine, other in zip(ours, bare, strict=True)]
+            print(f"round {index + 1} {name}: {rate.groups_per_s:.0f} groups/s, CPU ms a group {rate.cpu_ms}")
+    ratios = _ratios(rates["controller"], rates["bare"])
+    curve_ratios = _ratios(rates["curve"], rates["controller"])
     return {
         "groups": groups,
         "load_processes": LOADS,
         "bytes_per_group": Work().size,
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
-        "controller": _summary(ours),
-        "bare": _summary(bare),
+        "curve_ratio": round(statistics.median(curve_ratios), 3),
+        "curve_ratios": [round(ratio, 3) for ratio in curve_ratios],
+        **{name: _summary(measured) for name, measured in rates.items()},
     }
+
+
+def _ratios(mine: list[Rate], others: list[Rate]) -> list[float]:
+    return [one.groups_per_s / other.groups_per_s for one, other in zip(mine, others, strict=True)]
 
 
 def _summary(rates: list[Rate]) -> dict[str, Any]:
@@ -83,11 +92,12 @@ def _throughput_table(measured: dict[str, Any]) -> str:
         "| | groups/s | MB/s | CPU ms a group, by process |",
         "|---|---|---|---|",
     ]
-    for name in ("controller", "bare"):
+    for name, label in (("controller", "controller"), ("curve", "controller, with CURVE"), ("bare", "bare")):
         rate = measured[name]["groups_per_s"]
         cpu = ", ".join(f"{who} {ms:.2f}" for who, ms in measured[name]["cpu_ms_per_group"].items())
-        rows.append(f"| {name} | {rate:.0f} | {rate * size:.0f} | {cpu} |")
-    rows += ["", f"Ratio: **{measured['ratio']:.2f}** (rounds: {', '.join(f'{r:.2f}' for r in measured['ratios'])})."]
+        rows.append(f"| {label} | {rate:.0f} | {rate * size:.0f} | {cpu} |")
+    for what, key in (("Controller beside bare loop", "ratio"), ("CURVE beside none", "curve_ratio")):
+        rows += ["", f"{what}: **{measured[key]:.2f}** (rounds: {', '.join(f'{r:.2f}' for r in measured[key + 's'])})."]
     return "\n".join(rows) + "\n"
 
 
@@ -122,6 +132,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2560, help="groups in each round (multiple of 128)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of controller and bare loop; 0: none")
     parser.add_argument("--fleets", type=int, nargs="*", default=[100, 1000], help="fleet sizes")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures are written")
     parser.add_argument("--folder", type=Path, help="where runs are written (default: a temporary folder in runs/)")
     given = parser.parse_args()
     result: dict[str, Any] = {
@@ -136,9 +147,9 @@ def main() -> None:
         if given.fleets:
             fleets = [measure_fleet(Path(name) / f"fleet-{n}", n, REPORTS_PER_S, WORK_S) for n in given.fleets]
             result["fleets"] = [dataclasses.asdict(fleet) for fleet in fleets]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "control_plane.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "control_plane.md").write_text(as_markdown(result), encoding="utf-8")
+    given.results.mkdir(parents=True, exist_ok=True)
+    (given.results / "control_plane.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (given.results / "control_plane.md").write_text(as_markdown(result), encoding="utf-8")
     print("\n" + as_markdown(result))
 
 

@@ -231,7 +231,7 @@ class Refused(Transient):
     """Either side, answers a message that cannot be taken. `fault` is a stable name; the rest is for a person.
 
     Faults: malformed, protocol, too_large, unknown_sender, term, incarnation, lineage, attempt, epoch, dataset,
-    identity, role, hyperparameter, replica, state.
+    identity, key, role, hyperparameter, replica, state.
     """
 
     fault: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.load.policy import COMMITS
 from benchmarks.load.processes import Children, children, wait_for_address
+from deploy.keys import make_keys
 from services.controller.audit import audit_run
 
 RECIPE = "benchmarks/control_plane.toml"
@@ -34,10 +35,16 @@ class Rate:
     cpu_ms: dict[str, float]
 
 
-def controller_rate(folder: Path, groups: int, loads: int) -> Rate:
-    """Lease, report, spool, journal, assign with payload, vote, commit, apply; checkpoints, weight syncs."""
+def controller_rate(folder: Path, groups: int, loads: int, keys: bool = False) -> Rate:
+    """Lease, report, spool, journal, assign with payload, vote, commit, apply; checkpoints, weight syncs.
+
+    With `keys` every connection speaks CURVE.
+    """
     run = folder / "run"
     settings = [f"train.batches={groups // BATCH}", f"train.batch_size={BATCH}", f"rollout.slots={AHEAD * 64 // 2}"]
+    if keys:
+        make_keys(folder / "keys")
+        settings.append(f"bus.keys={folder / 'keys'}")
     common = ["--recipe", RECIPE, "--run-folder", str(run)]
     for setting in settings:
         common += ["--set", setting]
