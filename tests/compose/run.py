@@ -22,7 +22,9 @@ class ComposeRun(Run):
         self.project = project_name(folder)
 
     def up(self, recipe: Path, *sets: str) -> ComposeRun:
-        options = " ".join(f"--set {each}" for each in (*sets, f"bus.keys={self.folder.parent / 'keys'}"))
+        keys = self.folder.parent / "keys"
+        self.orrery("keys", "make", str(keys))
+        options = " ".join(f"--set {each}" for each in (*sets, f"bus.keys={keys}"))
         arguments = f"--run-folder {self.folder} {options}"
         self.begin(*MAKE, "up", "LAUNCHER=compose", f"RECIPE={recipe}", f"ARGS={arguments}")
         return self
