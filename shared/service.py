@@ -49,6 +49,8 @@ class ServiceArguments:
     controller: str
     bind: str | None
     replica: str
+    launch: int = 0
+    """Of the controller: a newer launch of the run supersedes it; 0 where only one can be."""
 
 
 def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArguments:
@@ -59,8 +61,11 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
     parser.add_argument("--run-folder", type=Path, help="where the run lives (default: [run] folder/name)")
     if role == "controller":
         parser.add_argument("--bind", help="address to listen on (default: bus.bind)")
+        parser.add_argument(
+            "--launch", type=int, default=0, help="the launch it belongs to, where launches may overlap"
+        )
     else:
-        parser.add_argument("--controller", required=True, help="the controller's address, tcp://HOST:PORT")
+        parser.add_argument("--controller", required=True, help="tcp://HOST:PORT, or a file that tells it")
     parser.add_argument("--replica", default=role if role == "controller" else f"{role}-0", help="name of this replica")
     given = parser.parse_args(argv)
     recipe = load_recipe(given.recipe, given.set)
@@ -70,6 +75,7 @@ def parse_arguments(role: str, argv: Sequence[str] | None = None) -> ServiceArgu
         controller="" if role == "controller" else given.controller,
         bind=(given.bind or recipe.bus.bind) if role == "controller" else None,
         replica=given.replica,
+        launch=given.launch if role == "controller" else 0,
     )
 
 

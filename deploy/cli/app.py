@@ -67,10 +67,12 @@ def main() -> None:
     except Exception as error:
         from deploy.compose.docker import DockerError
         from deploy.local.folder import RunBusyError, RunFolderError
+        from deploy.slurm.client import SlurmError
         from shared.bus.errors import KeysRefused, TurnedAway
         from shared.config import RecipeError
 
-        if not isinstance(error, RecipeError | RunBusyError | RunFolderError | DockerError | KeysRefused | TurnedAway):
+        known = RecipeError | RunBusyError | RunFolderError | DockerError | SlurmError | KeysRefused | TurnedAway
+        if not isinstance(error, known):
             raise
         _leave(error)
 

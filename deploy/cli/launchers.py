@@ -14,6 +14,7 @@ class Launcher(StrEnum):
     """The names that a person gives."""
 
     local = "local"
+    slurm = "slurm"
     compose = "compose"
 
 
@@ -24,6 +25,10 @@ def check(launcher: Launcher, recipe: Recipe) -> None:
             from deploy.local import check_environments
 
             check_environments(recipe)
+        case Launcher.slurm:
+            from deploy.slurm.launcher import check_recipe
+
+            check_recipe(recipe)
         case Launcher.compose:
             from deploy.compose import check_images
 
@@ -37,8 +42,26 @@ def start(launcher: Launcher, recipe: Recipe, folder: Path, verbose: bool) -> in
             from deploy.cli.supervise import supervise
 
             return supervise(recipe, folder, verbose)
+        case Launcher.slurm:
+            from deploy.cli.slurm import submit_and_follow
+
+            return submit_and_follow(recipe, folder, verbose)
         case Launcher.compose:
             from deploy.cli.supervise import supervise
             from deploy.compose import containers
 
             return supervise(recipe, folder, verbose, containers)
+
+
+def runner(folder: Path) -> str | None:
+    """Who runs what `folder` holds now, for a person; None if nobody does."""
+    from deploy.local import holder, launcher_of
+
+    owner = holder(folder)
+    if owner is not None:
+        return f"supervised by process {owner}"
+    if launcher_of(folder) == Launcher.slurm.value:
+        from deploy.slurm.launcher import state_of
+
+        return state_of(folder)
+    return None

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from deploy.cli import console
-from deploy.cli.launchers import Launcher, check, start
+from deploy.cli.launchers import Launcher, check, runner, start
 from deploy.cli.runs import RunArgument, find_run
 
 LauncherOption = Annotated[
@@ -59,13 +59,13 @@ def resume(
     """Go on with a run that was stopped or killed, or with one that 'orrery pause' holds back."""
     from deploy.cli.live.sources import ASK_S, ask_controller
     from deploy.cli.steer import tell
-    from deploy.local import RunLock, holder, launcher_of, note_launcher
+    from deploy.local import RunLock, launcher_of, note_launcher
     from deploy.local.folder import change_recipe
     from shared.config import load_recipe
     from shared.messages import ResumeRun
 
     folder = find_run(run)
-    answer = ask_controller(folder, ASK_S) if holder(folder) is not None else None
+    answer = ask_controller(folder, ASK_S) if runner(folder) is not None else None
     if answer is not None and answer.get("paused"):
         tell(folder, ResumeRun())
         return
@@ -82,11 +82,17 @@ def down(
     now: Annotated[bool, typer.Option("--now", help="kill at once, without a checkpoint")] = False,
 ) -> None:
     """Stop a run after the batch in hand, with a checkpoint; `orrery resume` goes on from there."""
-    from deploy.local import holder
+    from deploy.local import holder, launcher_of
     from shared.config import load_recipe
 
     folder = find_run(run)
     timeouts = load_recipe(folder / "config.toml").timeouts
+    longest = timeouts.step_s + timeouts.checkpoint_s + 4 * timeouts.exit_s
+    if launcher_of(folder) == Launcher.slurm:
+        from deploy.cli.slurm import stop
+
+        stop(folder, longest, now=now)
+        return
     owner = holder(folder)
     if owner is None:
         console.note(f"{folder.name} is not running")
@@ -95,7 +101,6 @@ def down(
     if now:
         os.kill(owner, signal.SIGTERM)
     console.note(f"stopping {folder.name} (process {owner})")
-    longest = timeouts.step_s + timeouts.checkpoint_s + 4 * timeouts.exit_s
     deadline = time.monotonic() + longest
     while holder(folder) == owner:
         if time.monotonic() > deadline:

@@ -18,8 +18,8 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="go on showing it until the run ends or Ctrl-C")] = False,
 ) -> None:
     """Show what a run is doing."""
+    from deploy.cli.launchers import runner
     from deploy.cli.live.sources import ask_controller
-    from deploy.local import holder
 
     folder = find_run(run)
     if watch:
@@ -27,8 +27,8 @@ def status(
 
         watch_run(folder)
         return
-    owner = holder(folder)
-    console.out.print(f"[bold]{folder.name}[/]  {f'supervised by process {owner}' if owner else 'not running'}")
+    owner = runner(folder)
+    console.out.print(f"[bold]{folder.name}[/]  {escape(owner or 'not running')}")
     answer = ask_controller(folder, _ASK_S)
     if answer is not None:
         _show({key: value for key, value in answer.items() if key not in ("hyperparameters", "history")}, 1)

@@ -70,6 +70,9 @@ class ChildProcess:
         """Kill the process, if it still runs, and whatever it left behind."""
         self._sweep()
 
+    def let_go(self) -> None:
+        """A process cannot be handed over: it dies with this one."""
+
     def _on_end(self) -> None:
         # leftovers go before the leader is reaped: until then nobody else can get its process group's number
         self._sweep()

@@ -1,10 +1,11 @@
 """Keeps the processes of one run alive until the run is over, and leaves none behind.
 
-Called by `orrery up` and `orrery resume`, in the main thread. Which replicas run is the controller's to say
+Called by `orrery up` and `orrery resume`, in the main thread, and in the controller's job of a cluster, where a replica
+is a job instead of a process (`Child`). Which replicas run is the controller's to say
 (`wanted.py`). Whether a process that ended is started again depends on its exit code (`shared/service.py`): 2 and 3 end
 the run, a replica's 0 is a leave that the controller knows of, anything else is restarted under the same name, after a
 growing pause, while it is wanted. The run is over when the controller exits with 0. Invariant: when `run` returns,
-every process that it started has ended; when the supervisor itself is killed, the kernel kills them.
+every process that it started has ended, unless it let go; when the supervisor itself is killed, the kernel kills them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from deploy.local.plan import CONTROLLER, ReplicaPlan, RunPlan
 from deploy.local.process import ChildProcess, describe_code, last_words
@@ -27,10 +29,6 @@ EXIT_GAVE_UP = 1
 # the controller ends only after its replicas have taken their Shutdown, or are lost: whoever stays longer was still
 # starting, and would wait for a controller that is gone
 _LEAVE_S = 3.0
-
-
-Start = Callable[[ReplicaPlan, Path], ChildProcess]
-"""Starts a process, whose output goes to the file; OSError if that cannot be done."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,40 @@ class Deadlines:
 
     stop_s: float
     exit_s: float
+
+
+class Child(Protocol):
+    """Something that runs and ends: a process here (`ChildProcess`), or a job elsewhere."""
+
+    plan: ReplicaPlan
+
+    @property
+    def known_as(self) -> int:
+        """The process id with which the replica registers; 0 if that is not known here."""
+
+    @property
+    def code(self) -> int | None:
+        """The exit code (negative: a signal), or None while it runs."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds that it has run."""
+
+    async def wait(self) -> int:
+        """The exit code, once it has ended."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it still runs."""
+
+    def kill_group(self) -> None:
+        """End it at once, with whatever it started."""
+
+    def let_go(self) -> None:
+        """Somebody else looks after it from now on."""
+
+
+Start = Callable[[ReplicaPlan, Path], Child]
+"""Starts a process, whose output goes to the file; OSError if that cannot be done."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,7 @@ class Supervisor:
         self._tell = tell
         self._begin = start
         self._rules = rules or RestartRules()
-        self._children: dict[str, ChildProcess] = {}
+        self._children: dict[str, Child] = {}
         self._replicas = WantedReplicas(plan.address, ask, self._start_keeper, self._dismiss)
         self._outcome: asyncio.Future[_Outcome] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -112,6 +144,8 @@ class Supervisor:
             self.why = outcome.why
             # no restart from here on; the processes themselves go on for now
             await _cancel([*keepers, *self._replicas.keepers.values()])
+            if outcome.code == EXIT_FENCED:
+                self._leave_replicas()
             await self._end_processes(outcome)
         finally:
             for child in self._children.values():
@@ -137,6 +171,10 @@ class Supervisor:
             for child in self._children.values():
                 child.kill_group()
             self._settle(_Outcome(EXIT_INTERRUPTED, grace=False))
+
+    def let_go(self) -> None:
+        """End the controller, and leave the replicas running: another supervisor takes, or has taken, the run over."""
+        self._settle(_Outcome(EXIT_FENCED, grace=False))
 
     # --- one process ---------------------------------------------------------------------------------------------
 
@@ -182,7 +220,7 @@ class Supervisor:
         if not keeper.cancelled() and (error := keeper.exception()):
             self._settle(_Outcome(EXIT_GAVE_UP, grace=False, why=f"the supervisor failed: {error!r}"))
 
-    def _start(self, plan: ReplicaPlan) -> ChildProcess | None:
+    def _start(self, plan: ReplicaPlan) -> Child | None:
         try:
             child = self._begin(plan, self._output(plan))
         except OSError as error:
@@ -197,6 +235,10 @@ class Supervisor:
         if code == EXIT_DONE:
             if plan.role == CONTROLLER:
                 self._settle(_Outcome(EXIT_INTERRUPTED if self._stopping else EXIT_DONE))
+            return True
+        if code == EXIT_FENCED and plan.role == CONTROLLER:
+            self._tell("a newer launch of this run has begun: this one lets go")
+            self.let_go()
             return True
         if code in (EXIT_RECIPE, EXIT_FATAL):
             self._tell(f"{plan.replica} ended ({describe_code(code)}): the run stops")
@@ -265,6 +307,10 @@ class Supervisor:
             child.kill_group()
         await self._all_ended(self._deadlines.exit_s)
 
+    def _leave_replicas(self) -> None:
+        for name in [name for name, child in self._children.items() if child.plan.role != CONTROLLER]:
+            self._children.pop(name).let_go()
+
     async def _all_ended(self, timeout_s: float, but: str = "") -> bool:
         running = [asyncio.create_task(child.wait()) for child in self._running() if child.plan.role != but]
         if running:
@@ -272,7 +318,7 @@ class Supervisor:
             await _cancel(running)
         return not self._running()
 
-    def _running(self) -> list[ChildProcess]:
+    def _running(self) -> list[Child]:
         return [child for child in self._children.values() if child.code is None]
 
     def _settle(self, outcome: _Outcome) -> None:

@@ -11,6 +11,7 @@ import uvloop
 
 from services.controller.disk import FolderDisk
 from services.controller.journal import Journal
+from services.controller.launch import Launch, Superseded
 from services.controller.outputs import Outputs
 from services.controller.recovery import DriftedJournal, open_run
 from services.controller.server import Controller
@@ -18,24 +19,36 @@ from services.controller.shell import MessageTooLarge
 from services.controller.spool import Spool
 from shared.bus import BindRefused, RouterBus
 from shared.records import JOURNAL, SPOOL, JournalDamaged, SpoolDamaged
-from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_RECIPE, ServiceArguments, run_service
+from shared.service import (
+    EXIT_DONE,
+    EXIT_FATAL,
+    EXIT_FENCED,
+    EXIT_RECIPE,
+    EXIT_RESTART,
+    ServiceArguments,
+    run_service,
+)
 from shared.telemetry import get_logger
 
 log = get_logger()
 
 LOCK_S = 2.0
 """How long a new term waits for the process of the old one to be gone."""
+TAKE_OVER_S = 30.0
+"""The same where the old one may be alive on another machine: it notices the newer launch, and lets go."""
 
 
 def main(arguments: ServiceArguments) -> int:
     """Serve one term; 0 when the run is complete or stopped, 2 for an address or folder in use, 3 when it failed."""
     recipe, folder = arguments.recipe, arguments.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
-    if lock is None:
-        return EXIT_RECIPE
+    launch = Launch(folder, arguments.launch)
+    lock = _lock(folder, TAKE_OVER_S if launch.number else LOCK_S)
+    if lock is None:  # who is sure to be the newest may try again
+        return EXIT_RESTART if launch.number else EXIT_RECIPE
     segment = recipe.journal.segment_mb << 20
     try:
+        launch.check()
         journal = Journal(FolderDisk(folder / JOURNAL), segment)
         outputs = Outputs(folder)
         core = open_run(recipe, folder, journal, outputs)
@@ -43,8 +56,11 @@ def main(arguments: ServiceArguments) -> int:
             log.info("this run is complete; nothing to resume", run=core.state.run)
             return EXIT_DONE
         bus = RouterBus(arguments.bind or recipe.bus.bind, term=core.state.term + 1, settings=recipe.bus)
-        controller = Controller(core, journal, Spool(FolderDisk(folder / SPOOL), segment), outputs, bus)
+        controller = Controller(core, journal, Spool(FolderDisk(folder / SPOOL), segment), outputs, bus, launch)
         end = uvloop.run(controller.serve(folder.name))
+    except Superseded as error:
+        log.warning("fenced: a newer launch of this run has begun", why=str(error))
+        return EXIT_FENCED
     except BindRefused as error:
         log.error("the controller cannot listen", why=str(error))
         return EXIT_RECIPE
@@ -64,13 +80,13 @@ def main(arguments: ServiceArguments) -> int:
     return EXIT_FATAL if end.outcome == "failed" else EXIT_DONE
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, patience_s: float) -> int | None:
     """Hold the run folder: two controllers on one journal would tear it.
 
     A process that was just killed may hold it for a moment longer.
     """
     descriptor = os.open(folder / "controller.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    until = time.monotonic() + LOCK_S
+    until = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ import time
 from services.controller.core.core import Core
 from services.controller.core.outcome import EndRun
 from services.controller.journal import Journal
+from services.controller.launch import LOOK_S, Launch
 from services.controller.outputs import Outputs
 from services.controller.shell import Clock, Shell
 from services.controller.spool import Spool
@@ -34,10 +35,13 @@ BATCH = 256
 class Controller:
     """One term of one run."""
 
-    def __init__(self, core: Core, journal: Journal, spool: Spool, outputs: Outputs, bus: RouterBus) -> None:
+    def __init__(
+        self, core: Core, journal: Journal, spool: Spool, outputs: Outputs, bus: RouterBus, launch: Launch
+    ) -> None:
         self._shell = Shell(core, journal, spool, outputs, bus, Clock(time.time, time.monotonic))
         self._outputs = outputs
         self._bus = bus
+        self._launch = launch
         self._exit_s = core.recipe.timeouts.exit_s
         self._tick_at = 0.0
         self._queue: asyncio.Queue[Incoming] = asyncio.Queue(QUEUE)
@@ -51,7 +55,7 @@ class Controller:
         await self._commit()
         self._outputs.address(await self._bus.start(), self._bus.term)
         log.info("the controller listens", address=self._bus.address, term=self._bus.term)
-        jobs = (self._read, self._write_forever, self._commit_forever, self._watch_lag)
+        jobs = (self._read, self._write_forever, self._commit_forever, self._watch_lag, self._watch_launch)
         tasks = [asyncio.create_task(job()) for job in jobs]
         try:
             while self._shell.ending is None:
@@ -95,6 +99,12 @@ class Controller:
             await asyncio.sleep(LAG_S)
             self._shell.note_lag(max(0.0, time.monotonic() - due))
 
+    async def _watch_launch(self) -> None:
+        """Notice a newer launch without a commit too, and let go of the run's lock, which it waits for."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await asyncio.to_thread(self._launch.check)
+
     async def _read(self) -> None:
         while True:
             await self._queue.put(await self._bus.recv())
@@ -117,11 +127,16 @@ class Controller:
         while True:
             self._shell.seal()
             if self._shell.unsynced:
-                await asyncio.to_thread(self._shell.sync)
+                await asyncio.to_thread(self._sync)
             self._shell.release()
             self._committed.set()
             if not self._shell.unsynced:
                 return
+
+    def _sync(self) -> None:
+        """On disk, and still ours to tell of: a launch that began before now may not have read it."""
+        self._shell.sync()
+        self._launch.check()
 
     async def _say_goodbye(self, tasks: list[asyncio.Task[None]]) -> None:
         """Give everyone the time to take its Shutdown."""

@@ -24,6 +24,7 @@ import zmq
 import zmq.asyncio
 
 from shared.bus import wire
+from shared.bus.address import resolve
 from shared.bus.doorstep import Doorstep
 from shared.bus.errors import BusClosed, BusError, BusTimeout, Fenced, KeysRefused, Refusal, WireFault
 from shared.bus.instructions import (
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 
 logger = get_logger()
 
+MOVED_S = 1.0
+"""How often a client whose address is a file looks whether the controller has moved."""
 TICKS = 4
 """The bus thread looks at its clocks so many times in the shorter of `heartbeat_s` and `resend_s`."""
 
@@ -85,7 +88,9 @@ class BusClient:
         nonce: int | None = None,
         context: zmq.Context | None = None,
     ) -> None:
-        """`nonce` is that of the replica's start, which its ranks share; rank 0, or whoever starts them all, draws it.
+        """`address` may be a file that tells it (`shared.bus.address`): then the controller may move.
+
+        `nonce` is that of the replica's start, which its ranks share; rank 0, or whoever starts them all, draws it.
 
         `context` is needed for `inproc://` addresses, which join sockets of one context only. KeysRefused for a key
         that cannot be used.
@@ -318,8 +323,10 @@ class BusClient:
 
     async def _live(self) -> None:
         session, settings = self._session, self.settings
+        self._at = resolve(self.address)
         self._connect()
         connected_at = time.monotonic()
+        look_at = connected_at + MOVED_S
         try:
             self._carry_out(session.register(connected_at))
             while session.phase is not Phase.FENCED:
@@ -328,8 +335,12 @@ class BusClient:
                     self._receiving.result()
                 now = time.monotonic()
                 self._look_at_the_doorstep()
+                moved = False
+                if now >= look_at:
+                    look_at = now + MOVED_S
+                    moved = self._moved()
                 # A silent connection may be one that will never speak again (inproc never reconnects by itself).
-                if now - max(connected_at, session.heard_at) > settings.lost_after_s:
+                if moved or now - max(connected_at, session.heard_at) > settings.lost_after_s:
                     self._disconnect()
                     self._connect()
                     connected_at = now
@@ -339,6 +350,15 @@ class BusClient:
         finally:
             self._disconnect()
             await asyncio.gather(self._receiving, return_exceptions=True)
+
+    def _moved(self) -> bool:
+        """Whether the controller listens elsewhere now."""
+        found = resolve(self.address)
+        if found in ("", self._at):
+            return False
+        logger.info("the controller has moved", to=found)
+        self._at = found
+        return True
 
     def _connect(self) -> None:
         self._socket = zmq.asyncio.Context(self._context).socket(zmq.DEALER)
@@ -350,7 +370,8 @@ class BusClient:
         if self._keys is not None:
             self._keys.configure(self._socket)
         self._doorstep = Doorstep(self._context, self._socket)
-        self._socket.connect(self.address)
+        if self._at:
+            self._socket.connect(self._at)
         self._receiving = self._loop.create_task(self._receive_forever(self._socket))
 
     def _disconnect(self) -> None:

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from deploy.cli import console
+from deploy.cli.launchers import runner
 from deploy.cli.live.display import LOOK_S, WATCH_HINT, LiveView
 from deploy.cli.progress import PlainProgress
-from deploy.local import holder
 
 
 def watch(run_folder: Path) -> None:
@@ -17,13 +17,13 @@ def watch(run_folder: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         if console.out.is_terminal:
             with LiveView(run_folder, WATCH_HINT) as shown:
-                while holder(run_folder) is not None:
+                while runner(run_folder) is not None:
                     shown.refresh()
                     time.sleep(LOOK_S)
                 shown.refresh(final=True)
         else:
             plain = PlainProgress(run_folder)
-            while holder(run_folder) is not None:
+            while runner(run_folder) is not None:
                 plain.refresh()
                 time.sleep(LOOK_S)
             plain.refresh(final=True)

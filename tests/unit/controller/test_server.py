@@ -19,6 +19,7 @@ from services.controller.audit import audit_run
 from services.controller.core.outcome import EndRun
 from services.controller.disk import FolderDisk
 from services.controller.journal import Journal
+from services.controller.launch import Launch
 from services.controller.outputs import Outputs
 from services.controller.recovery import open_run
 from services.controller.server import Controller
@@ -62,7 +63,9 @@ class Term:
         outputs = Outputs(folder)
         self.core = open_run(tables, folder, self.journal, outputs)
         self._bus = RouterBus(ADDRESS, term=self.core.state.term + 1, settings=tables.bus, context=context)
-        self._controller = Controller(self.core, self.journal, Spool(spool_disk, 1 << 20), outputs, self._bus)
+        self._controller = Controller(
+            self.core, self.journal, Spool(spool_disk, 1 << 20), outputs, self._bus, Launch(folder, 0)
+        )
         self._loop = asyncio.new_event_loop()
         self.end: Future[EndRun] = Future()
         self._serving: asyncio.Task[EndRun] | None = None
