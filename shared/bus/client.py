@@ -34,11 +34,12 @@ from shared.bus.instructions import (
     FencedOff,
     Freed,
     Instruction,
+    KeyRefused,
     Opened,
     Rejected,
     Transmit,
 )
-from shared.bus.keys import client_keys, keys_place
+from shared.bus.keys import ClientKeys, client_keys, keys_place
 from shared.bus.pulse import Pulse
 from shared.bus.session import Phase, ReplicaSession
 from shared.bus.sockets import configure_dealer, max_bytes, send_now
@@ -106,6 +107,7 @@ class BusClient:
         self._keys_place = keys_place(settings.keys)
         self._keys = client_keys(self._keys_place, replica) if self._keys_place is not None else None
         self._turned_away = ""
+        self._renewed = False
         self._standing = Standing()
         self._session = ReplicaSession(
             self.passport,
@@ -340,7 +342,8 @@ class BusClient:
                     look_at = now + MOVED_S
                     moved = self._moved()
                 # A silent connection may be one that will never speak again (inproc never reconnects by itself).
-                if moved or now - max(connected_at, session.heard_at) > settings.lost_after_s:
+                silent = now - max(connected_at, session.heard_at) > settings.lost_after_s
+                if moved or self._renewed or silent:
                     self._disconnect()
                     self._connect()
                     connected_at = now
@@ -364,9 +367,8 @@ class BusClient:
         self._socket = zmq.asyncio.Context(self._context).socket(zmq.DEALER)
         configure_dealer(self._socket, self.settings)
         self._socket.set(zmq.ROUTING_ID, self._identity)
-        if self._keys_place is not None:
-            with contextlib.suppress(KeysRefused):  # the one before may still do
-                self._keys = client_keys(self._keys_place, self.passport.replica)
+        self._renewed = False
+        self._keys = self._newest_keys()
         if self._keys is not None:
             self._keys.configure(self._socket)
         self._doorstep = Doorstep(self._context, self._socket)
@@ -378,6 +380,13 @@ class BusClient:
         self._receiving.cancel()
         self._doorstep.close()
         self._socket.close(linger=0)
+
+    def _newest_keys(self) -> ClientKeys | None:
+        """What the files say now: they may have been renewed. Where they cannot be used, what they said before."""
+        if self._keys_place is not None:
+            with contextlib.suppress(KeysRefused):
+                return client_keys(self._keys_place, self.passport.replica)
+        return self._keys
 
     def _look_at_the_doorstep(self) -> None:
         for failure in self._doorstep.failures():
@@ -425,6 +434,10 @@ class BusClient:
                         self._finish(Refusal.of(refused))
                     else:
                         self._deliver(Delivery(refused))
+                case KeyRefused(refused):
+                    self._renewed = self._newest_keys() != self._keys
+                    if not self._renewed:
+                        self._carry_out(self._session.fence(refused))
                 case FencedOff(refused):
                     logger.error(
                         "fenced off: this process may not go on as this replica", cause=str(Refusal.of(refused))

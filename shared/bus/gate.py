@@ -102,6 +102,7 @@ class Gate(AllowedKeys):
         self._zap.set(zmq.LINGER, 0)
         self._zap.bind(ZAP_ADDRESS)
         asyncio.get_running_loop().add_reader(self._zap.FD, self._answer)
+        self._answer()  # the descriptor tells of news only once everything before was taken, "nothing" included
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -111,7 +112,7 @@ class Gate(AllowedKeys):
             self._zap = None
 
     def _answer(self) -> None:
-        """Answer all that ZeroMQ asks; its file descriptor tells of news once, hence until there is nothing left."""
+        """Answer all that ZeroMQ asks."""
         assert self._zap is not None
         while True:
             try:
@@ -140,6 +141,7 @@ class Handshakes:
         self._counters = counters
         self._doorstep = Doorstep(context, socket)
         asyncio.get_running_loop().add_reader(self._doorstep.events.FD, self._count)
+        self._count()  # as above
 
     def close(self) -> None:
         """Before the socket is closed."""

@@ -62,10 +62,17 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class FencedOff:
-    """A newer process is this replica now, or this one's key is no longer on the controller's list."""
+class KeyRefused:
+    """The key of this connection is no longer on the list: go on with another one, or fence the session."""
 
     refused: Refused
 
 
-Instruction = Transmit | Deliver | Freed | Answer | Opened | Rejected | FencedOff
+@dataclass(frozen=True)
+class FencedOff:
+    """A newer process is this replica now, or this one has no key any more."""
+
+    refused: Refused
+
+
+Instruction = Transmit | Deliver | Freed | Answer | Opened | Rejected | KeyRefused | FencedOff

@@ -97,7 +97,9 @@ def speaks_for(name: str, sender: str) -> bool:
     role = role_of(name)
     if role == PERSON:
         return sender == PERSON
-    return sender == name or (name == role and role_of(sender) == role and sender != role)
+    if name == role:
+        return role_of(sender) == role and sender != role
+    return sender == name
 
 
 def controller_keys(folder: Path) -> ControllerKeys:

@@ -21,6 +21,7 @@ from shared.bus.instructions import (
     FencedOff,
     Freed,
     Instruction,
+    KeyRefused,
     Opened,
     Rejected,
     Transmit,
@@ -136,6 +137,11 @@ class ReplicaSession:
         """Nobody waits for this answer any more."""
         self._questions.pop(request, None)
 
+    def fence(self, refused: Refused) -> list[Instruction]:
+        """Say nothing more: `refused` is final for this process."""
+        self.phase = Phase.FENCED
+        return [FencedOff(refused)]
+
     # --- what time brings ---
 
     def tick(self, now: float) -> list[Instruction]:
@@ -235,9 +241,10 @@ class ReplicaSession:
         self.counters["refused_" + refused.fault] += 1
         if reply_to and reply_to < self._register_request and reply_to not in self._questions:
             return []  # it answers something said before this registration: that session is over anyway
-        if refused.fault in ("incarnation", "key"):
-            self.phase = Phase.FENCED
-            return [FencedOff(refused)]
+        if refused.fault == "incarnation":
+            return self.fence(refused)
+        if refused.fault == "key":
+            return [KeyRefused(refused)]
         if refused.fault in ("term", "unknown_sender"):
             # Of this very Register: its session began and ended, and the welcome was lost. The number is used up.
             over = reply_to == self._register_request
