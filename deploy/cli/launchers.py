@@ -68,4 +68,8 @@ def runner(folder: Path) -> str | None:
         from deploy.slurm.launcher import state_of
 
         return state_of(folder)
+    if launcher_of(folder) == Launcher.compose.value:
+        from deploy.compose.left import running
+
+        return "in containers whose launcher has ended" if running(folder) else None
     return None
