@@ -30,7 +30,7 @@ SETS = {
     "rollout.replicas": "2",
     "evaluator.engine": "own",
     "evaluation.every": "50",
-    "train.batches": "700",
+    "train.batches": "400",
     "checkpoint.every": "50",
     "timeouts.transfer_s": "10.0",
 }
@@ -46,14 +46,14 @@ import time
 
 
 def pace(completion):
-    time.sleep(0.03)
+    time.sleep(0.04)
     return 0.0
 """
 """A reward that takes its time: on a fast machine too the run lasts until the last of what is done to it."""
 
 
 def write_paced_recipe(folder: Path) -> Path:
-    """The recipe of the integration tests, about five steps a second at most."""
+    """The recipe of the integration tests, a few steps a second at most."""
     (folder / "pace.py").write_text(PACE)
     recipe = write_recipe(folder)
     with recipe.open("a") as file:
