@@ -23,6 +23,7 @@ ENGINES ?= transformers vllm sglang
 BENCH_BUDGET ?= 900
 SIMULATION_BUDGET ?= 900
 TABLE_BUDGET ?= 3600
+SLURM_BUDGET ?= 900
 LIVE_BUDGET ?= 7200
 COMPOSE_BUDGET ?= 1200
 
@@ -107,6 +108,10 @@ gpu-check: $(STAMP) ## what only a GPU can show: meshes of NCCL, a training step
 # a torch for GPUs brings its own library; without one, that of the extra "nccl"
 nccl = $(BIN)/python -c 'from shared.nccl.library import find, open_library; open_library(find())' 2>/dev/null \
 	|| $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[nccl]'
+
+test-slurm: $(STAMP) ## whole runs on a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
+	@tests/slurm/install.sh
+	@$(BUDGETED) $(SLURM_BUDGET) $(PYTEST) -x -s -p no:cacheprovider tests/slurm $(ARGS)
 
 test-slow: $(STAMP) ## tests that take minutes
 	@$(BUDGETED) $(SLOW_BUDGET) $(PYTEST) -n $(JOBS) -m slow tests/simulation $(ARGS)

@@ -20,6 +20,10 @@ class Launcher(StrEnum):
 
 def check(launcher: Launcher, recipe: Recipe) -> None:
     """RecipeError for what the launcher could never start."""
+    if recipe.policy.nodes > 1 and launcher is not Launcher.slurm:
+        from shared.config import RecipeError
+
+        raise RecipeError(f"policy.nodes is {recipe.policy.nodes}: a cluster has several; use --launcher slurm")
     match launcher:
         case Launcher.local:
             from deploy.local import check_environments
@@ -64,4 +68,8 @@ def runner(folder: Path) -> str | None:
         from deploy.slurm.launcher import state_of
 
         return state_of(folder)
+    if launcher_of(folder) == Launcher.compose.value:
+        from deploy.compose.left import running
+
+        return "in containers whose launcher has ended" if running(folder) else None
     return None

@@ -59,7 +59,7 @@ def plan(
 
 def _table(planned: LaunchPlan) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("replicas", "number", "ranks", "GPUs", "CPUs", "environment"):
+    for name in ("replicas", "number", "nodes", "ranks", "GPUs", "CPUs", "environment"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("replicas", "environment") else "right")
     alike: dict[tuple[object, ...], list[Process]] = {}
     for process in planned.processes:
@@ -68,6 +68,6 @@ def _table(planned: LaunchPlan) -> Table:
     for processes in alike.values():
         first = processes[0]
         names = ", ".join(p.name for p in processes) if len(processes) <= MOST_NAMES else f"{first.name}, ..."
-        numbers = [str(each) for each in (len(processes), first.ranks, first.gpus, first.cpus)]
+        numbers = [str(each) for each in (len(processes), first.nodes, first.ranks, first.gpus, first.cpus)]
         table.add_row(escape(names), *numbers, first.environment)
     return table

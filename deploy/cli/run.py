@@ -94,6 +94,13 @@ def down(
         stop(folder, longest, now=now)
         return
     owner = holder(folder)
+    if owner is None and (left := runner(folder)) is not None:
+        from deploy.compose.left import end
+
+        console.note(f"stopping {folder.name}, {left}")
+        ended = end(folder, longest, now=now)
+        console.note(f"{folder.name} has stopped" if ended or now else f"{folder.name} did not stop: it was killed")
+        return
     if owner is None:
         console.note(f"{folder.name} is not running")
         return

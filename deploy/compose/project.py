@@ -41,8 +41,8 @@ IMAGES = {
     "controller": "controller", "transformers": "policy", "vllm": "rollout-vllm", "sglang": "rollout-sglang",
 }  # fmt: skip
 """The image of each environment of the launch plan."""
-KEYS = Path("keys")
-"""Where keys are made when neither the recipe nor ORRERY_KEYS says where they are."""
+KEYS = "keys"
+"""Where in the run folder keys are made when neither the recipe nor ORRERY_KEYS says where they are."""
 
 
 def check_images(recipe: Recipe) -> None:
@@ -82,7 +82,7 @@ class Project:
         self._recipe = recipe
         self._folder = folder
         self._pids = folder / "pids"
-        self._keys = _key_folder(recipe)
+        self._keys = _key_folder(recipe, folder)
         self._port = 0
 
     # --- what Compose reads ------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Project:
         try:
             for made in (self._pids, self._folder / "logs"):
                 made.mkdir(exist_ok=True)
-            shown = json.dumps(additions(self.plan, self._folder, self._port, Path.cwd()), indent=1)
+            shown = json.dumps(additions(self.plan, self._folder, self._keys, self._port, Path.cwd()), indent=1)
             (self._folder / ADDITIONS).write_text(shown + "\n", encoding="utf-8")
             lines = (f"{name}='{value}'\n" for name, value in self._variables().items())
             (self._folder / ENVIRONMENT).write_text("".join(lines), encoding="utf-8")
@@ -102,7 +102,7 @@ class Project:
                 bus = self._recipe.bus.model_copy(update={"keys": str(self._keys)})
                 keep_recipe(self._recipe.model_copy(update={"bus": bus}), self._folder)
             if os.geteuid() == 0:
-                _give(self._folder)
+                _give(self._folder, but=self._keys)
         except OSError as error:
             raise RunFolderError(self._folder, error) from error
 
@@ -185,10 +185,11 @@ def project_name(folder: Path) -> str:
     return f"orrery-{told}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}"
 
 
-def additions(plan: LaunchPlan, folder: Path, port: int, here: Path) -> dict[str, object]:
+def additions(plan: LaunchPlan, folder: Path, keys: Path, port: int, here: Path) -> dict[str, object]:
     """What a run adds to compose.yaml: the launch plan's commands and variables by service, and what the recipe reads.
 
-    `here` is where the recipe's relative paths begin.
+    `here` is where the recipe's relative paths begin. Keys that lie in the run folder are covered: every container has
+    that folder, and sees the keys of its own role elsewhere.
     """
     bind, reached = f"tcp://0.0.0.0:{port}", f"tcp://{CONTROLLER}:{port}"
     place = Place(str(folder / "config.toml"), str(folder), bind, reached)
@@ -197,12 +198,15 @@ def additions(plan: LaunchPlan, folder: Path, port: int, here: Path) -> dict[str
         {"type": "bind", "source": str(path), "target": str(path), "read_only": True} for path in reads(recipe, here)
     ]
 
+    covered = [f"{keys}:mode=0700"] if keys.is_relative_to(folder) else []
+
     def service(process: Process, command: list[str]) -> dict[str, object]:
         return {
             "command": ["python", *command],
             "environment": dict(process.variables),
             "working_dir": str(here),
             "volumes": volumes,
+            "tmpfs": covered,
         }
 
     services = {CONTROLLER: service(plan.controller, list(plan.controller.arguments(place)))}
@@ -230,8 +234,8 @@ def _image(name: str) -> str:
     return f"{os.environ.get('ORRERY_IMAGES', 'orrery')}/{name}:{os.environ.get('ORRERY_TAG', 'latest')}"
 
 
-def _key_folder(recipe: Recipe) -> Path:
-    place = keys_place(recipe.bus.keys) or KEYS.absolute()
+def _key_folder(recipe: Recipe, folder: Path) -> Path:
+    place = keys_place(recipe.bus.keys) or folder / KEYS
     if place.is_file():
         raise RecipeError(
             f"ORRERY_KEYS={place}: expected a folder of all roles' keys, got one key; 'orrery keys make' makes one"
@@ -253,10 +257,10 @@ def _for_ordinary_user(keys: Path) -> Path:
     return copies
 
 
-def _give(folder: Path) -> None:
-    """Make the containers' user the owner of all that is in the run folder; root needs no rights."""
+def _give(folder: Path, but: Path) -> None:
+    """Make the containers' user the owner of all that is in the run folder but root's keys; root needs no rights."""
     give = partial(shutil.chown, user=ORDINARY_USER, group=ORDINARY_USER)
     give(folder)
     for path in folder.rglob("*"):
-        if not path.is_symlink():
+        if not path.is_symlink() and not path.is_relative_to(but):
             give(path)

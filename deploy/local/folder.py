@@ -20,6 +20,7 @@ _LOCK = "supervisor.pid"
 _LAUNCHER = "launcher"
 CHANGEABLE = (
     "policy.parallel.",
+    "policy.nodes",
     "policy.threads",
     "policy.micro_batch_tokens",
     "policy.gradient_checkpointing",

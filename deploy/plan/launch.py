@@ -34,7 +34,8 @@ class Place:
 class Process:
     """A controller, or rank 0 of a replica, which starts the replica's further ranks itself.
 
-    `ranks` are all that the controller gets to know, `gpus` and `cpus` are for all of them together.
+    `ranks` are all that the controller gets to know, `gpus` and `cpus` are for all of them together, and on `nodes`
+    each has the same share of them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Process:
     gpus: int
     cpus: int
     variables: Mapping[str, str] = field(default_factory=dict)
+    nodes: int = 1
 
     def arguments(self, place: Place) -> tuple[str, ...]:
         """What follows the Python of this process's environment."""
@@ -76,6 +78,7 @@ class LaunchPlan:
                 "name": process.name,
                 "role": process.role,
                 "environment": process.environment,
+                "nodes": process.nodes,
                 "ranks": process.ranks,
                 "gpus": process.gpus,
                 "cpus": process.cpus,
@@ -105,7 +108,8 @@ def _replica(recipe: Recipe, name: str) -> Process:
         ranks = recipe.rollout.world_of(name)
         helpers = recipe.rewards.workers
     gpus = holders if on_gpus(recipe) else 0
-    return Process(name, role, environment, ranks, gpus, holders * threads + helpers, _variables(threads))
+    nodes = recipe.policy.nodes if role == "policy" else 1
+    return Process(name, role, environment, ranks, gpus, holders * threads + helpers, _variables(threads), nodes)
 
 
 def on_gpus(recipe: Recipe) -> bool:

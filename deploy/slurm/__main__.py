@@ -117,10 +117,10 @@ def _start(recipe: Recipe, folder: Path, board: Board, plan: ReplicaPlan, output
         "--open-mode=append",
         "--no-requeue",  # this supervisor submits another one, which need not wait
         f"--signal=TERM@{WARNING_S}",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={process.cpus}",
-        *([f"--gpus-per-node={process.gpus}"] if process.gpus else []),
+        f"--nodes={process.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={process.cpus // process.nodes}",
+        *([f"--gpus-per-node={process.gpus // process.nodes}"] if process.gpus else []),
     ]
     variables = {key: value for key, value in plan.environment.items() if key != PARENT_VARIABLE} | {
         "ORRERY_PYTHON": plan.command[0],

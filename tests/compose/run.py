@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from deploy.compose.project import project_name
+from deploy.local.folder import holder
 from tests.compose.engine import MAKE, ROOT, Engine, run
 from tests.integration.run import Run
 
@@ -22,7 +24,7 @@ class ComposeRun(Run):
         self.project = project_name(folder)
 
     def up(self, recipe: Path, *sets: str) -> ComposeRun:
-        options = " ".join(f"--set {each}" for each in (*sets, f"bus.keys={self.folder.parent / 'keys'}"))
+        options = " ".join(f"--set {each}" for each in sets)
         arguments = f"--run-folder {self.folder} {options}"
         self.begin(*MAKE, "up", "LAUNCHER=compose", f"RECIPE={recipe}", f"ARGS={arguments}")
         return self
@@ -45,6 +47,13 @@ class ComposeRun(Run):
     def docker_kill(self, replica: str) -> None:
         """`docker kill`: SIGKILL to all of the container, which Docker itself does not start again."""
         self._engine.docker("kill", self.container(replica))
+
+    def kill_launcher(self) -> None:
+        """SIGKILL to `orrery up` or `resume` alone."""
+        launcher = holder(self.folder)
+        assert launcher is not None, self.story()
+        self.signal(launcher, signal.SIGKILL)
+        self.wait_for(lambda: holder(self.folder) is None, "the launcher's end")
 
     def containers(self) -> dict[str, str]:
         """Docker's word on the state of each container, by name: "Up 3 seconds (healthy)"."""

@@ -25,18 +25,43 @@ from tests.slurm.cluster import LOGIN, Cluster
 ROOT = Path(__file__).resolve().parents[2]
 REPLICAS = {"policy-0", "policy-1", "rollout-0", "rollout-1", "evaluator-0"}
 SETS = {
+    "weights.interface": "eth0",
     "policy.replicas": "2",
     "rollout.replicas": "2",
     "evaluator.engine": "own",
     "evaluation.every": "50",
-    "train.batches": "1800",
+    "train.batches": "400",
     "checkpoint.every": "50",
-    "weights.interface": "eth0",
     "timeouts.transfer_s": "10.0",
 }
+TWO_NODES = {
+    "weights.interface": "eth0",
+    "model.build.kv_heads": "2",
+    "policy.parallel.tp": "2",
+    "policy.nodes": "2",
+}
+
+PACE = """
+import time
 
 
-@pytest.fixture
+def pace(completion):
+    time.sleep(0.04)
+    return 0.0
+"""
+"""A reward that takes its time: on a fast machine too the run lasts until the last of what is done to it."""
+
+
+def write_paced_recipe(folder: Path) -> Path:
+    """The recipe of the integration tests, a few steps a second at most."""
+    (folder / "pace.py").write_text(PACE)
+    recipe = write_recipe(folder)
+    with recipe.open("a") as file:
+        file.write('\n[[rewards.parts]]\nkind = "python"\nfunction = "pace:pace"\nweight = 0.0\n')
+    return recipe
+
+
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster() as made:
         yield made
@@ -50,9 +75,9 @@ class ClusterRun:
         self.outputs = folder.parent / "up.out"
         self.began = time.monotonic()
 
-    def make_up(self, recipe: Path) -> subprocess.Popen[bytes]:
+    def make_up(self, recipe: Path, sets: dict[str, str]) -> subprocess.Popen[bytes]:
         """`make up LAUNCHER=slurm`, in a shell of its own."""
-        arguments = " ".join([f"--run-folder {self.folder}", *(f"--set {key}={value}" for key, value in SETS.items())])
+        arguments = " ".join([f"--run-folder {self.folder}", *(f"--set {key}={value}" for key, value in sets.items())])
         installed = ROOT / ".venv" / ".installed"  # the environment is the one that runs this test, whatever its age
         make = ("make", "--no-print-directory", f"--old-file={installed.relative_to(ROOT)}", "-C", str(ROOT), "up")
         with self.outputs.open("ab") as sink:
@@ -130,7 +155,7 @@ class ClusterRun:
 
 def test_a_run_lives_through_what_a_cluster_does_to_it(cluster: Cluster, tmp_path: Path) -> None:
     run = ClusterRun(cluster, tmp_path / "run")
-    shell = run.make_up(write_recipe(tmp_path))
+    shell = run.make_up(write_paced_recipe(tmp_path), SETS)
     try:
         run.wait_for(lambda: run.steps() >= 32 or shell.poll() is not None, "the first steps of RL")
         assert shell.poll() is None, f"make up ended with code {shell.returncode}\n{run.story()}"
@@ -189,3 +214,20 @@ def test_a_run_lives_through_what_a_cluster_does_to_it(cluster: Cluster, tmp_pat
     cluster.wait_for(lambda: not cluster.jobs(), "the queue to be empty")
     said = run.orrery("logs", str(run.folder))
     assert "job ended" in said and "NODE_FAIL" in said
+
+
+def test_the_ranks_of_a_policy_may_be_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    run = ClusterRun(cluster, tmp_path / "wide")
+    shell = run.make_up(write_recipe(tmp_path), TWO_NODES)
+    run.wait_for(lambda: run.steps() >= 1 or shell.poll() is not None, "the first step")
+    nodes = cluster.jobs()["wide.policy-0"].node
+    cluster.wait_for(lambda: shell.poll() is not None, f"the end of make up\n{run.story()}")
+    assert shell.returncode == 0, run.story()
+    assert run.over() == {"code": 0, "why": ""}, run.story()
+    assert len(cluster.on(LOGIN, "scontrol", "show", "hostnames", nodes).split()) == 2, nodes
+    assert {line["rank"] for line in run.logged("controller", "replica registered") if line["who"] == "policy-0"} == {
+        0,
+        1,
+    }
+    audit = audit_run(run.folder)
+    assert audit.clean and audit.outcome == "complete", "\n".join(audit.lines())

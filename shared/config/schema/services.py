@@ -56,6 +56,16 @@ class PolicyTable(Table):
         False, description="keep the optimizer's state in the host's memory: a GPU has room for more, steps take longer"
     )
     parallel: PolicyParallelTable = PolicyParallelTable()
+    nodes: Positive = Field(1, description="nodes of a cluster that the ranks of a replica are on, as many on each")
+
+    @model_validator(mode="after")
+    def _nodes_are_even(self) -> Self:
+        if self.parallel.ranks % self.nodes:
+            raise ValueError(
+                f"nodes = {self.nodes} cannot have as many ranks each: the product of policy.parallel is "
+                f"{self.parallel.ranks}"
+            )
+        return self
 
 
 class EngineParallelTable(Table):

@@ -55,7 +55,7 @@ BUS = {"heartbeat_s": 0.05, "resend_s": 0.1, "lost_after_s": 1.0}
 class Term:
     """One controller process, as a thread over a run folder. `kill` ends it as a crash does."""
 
-    def __init__(self, folder: Path, tables: Recipe, context: zmq.Context) -> None:
+    def __init__(self, folder: Path, tables: Recipe, context: zmq.Context, launch: int = 0) -> None:
         self.folder = folder
         journal_disk, spool_disk = FolderDisk(folder / "journal"), FolderDisk(folder / "spool")
         self._disks = (journal_disk, spool_disk)
@@ -64,7 +64,7 @@ class Term:
         self.core = open_run(tables, folder, self.journal, outputs)
         self._bus = RouterBus(ADDRESS, term=self.core.state.term + 1, settings=tables.bus, context=context)
         self._controller = Controller(
-            self.core, self.journal, Spool(spool_disk, 1 << 20), outputs, self._bus, Launch(folder, 0)
+            self.core, self.journal, Spool(spool_disk, 1 << 20), outputs, self._bus, Launch(folder, launch)
         )
         self._loop = asyncio.new_event_loop()
         self.end: Future[EndRun] = Future()
