@@ -95,7 +95,7 @@ def test_a_services_command_is_that_of_the_launch_plan_but_for_the_name() -> Non
 def test_services_of_engines_that_the_recipe_does_not_use_have_no_containers() -> None:
     services = added(recipe(rollout={"engine": "vllm"}))
     assert {name: service.get("scale") for name, service in services.items()} == {
-        "controller": None, "policy": 1, "rollout-vllm": 1, "rollout": 0, "evaluator": 0,
+        "controller": None, "policy": 1, "rollout-vllm": 1, "rollout": 0, "evaluator": 0, "evaluator-vllm": 0,
     }  # fmt: skip
 
 
