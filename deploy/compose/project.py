@@ -198,7 +198,7 @@ def additions(plan: LaunchPlan, folder: Path, keys: Path, port: int, here: Path)
         {"type": "bind", "source": str(path), "target": str(path), "read_only": True} for path in reads(recipe, here)
     ]
 
-    covered = [f"{keys}:mode=0555"] if keys.is_relative_to(folder) else []
+    covered = [str(keys)] if keys.is_relative_to(folder) else []
 
     def service(process: Process, command: list[str]) -> dict[str, object]:
         return {
