@@ -66,8 +66,8 @@ def containers(recipe: Recipe, folder: Path) -> Iterator[tuple[RunPlan, Start]]:
     """
     project = Project(recipe, folder)
     project.prepare()
-    project.create({container_of(recipe, process.name) for process in project.plan.replicas})
     try:
+        project.create({container_of(recipe, process.name) for process in project.plan.replicas})
         yield project.run_plan(), project.start
     finally:
         project.down()
@@ -198,7 +198,7 @@ def additions(plan: LaunchPlan, folder: Path, keys: Path, port: int, here: Path)
         {"type": "bind", "source": str(path), "target": str(path), "read_only": True} for path in reads(recipe, here)
     ]
 
-    covered = [f"{keys}:mode=0700"] if keys.is_relative_to(folder) else []
+    covered = [str(keys)] if keys.is_relative_to(folder) else []
 
     def service(process: Process, command: list[str]) -> dict[str, object]:
         return {
@@ -217,8 +217,9 @@ def additions(plan: LaunchPlan, folder: Path, keys: Path, port: int, here: Path)
             name = container_of(recipe, process.name).service
             arguments = [*process.arguments(place)[:-2], "--set", f"weights.interface={INTERFACE}"]  # less --replica
             services[name] = service(process, ["-m", "deploy.container.entry", *arguments]) | {"scale": planned[name]}
-    for name in ("rollout", "evaluator"):  # whose profiles are on, or which have none
-        services.setdefault(name, {"scale": 0})
+    for engine in {"transformers", *recipe.rollout.engines}:  # the profiles that are on, or are none
+        for role in ("rollout", "evaluator"):
+            services.setdefault(role if engine == "transformers" else f"{role}-{engine}", {"scale": 0})
     return {"services": services}
 
 
