@@ -28,6 +28,7 @@ from shared.mesh import Mesh, MeshError
 from shared.messages import LoadState, Position
 from shared.models import ModelError, load_model
 from shared.telemetry import get_logger
+from shared.weights import StagedWeights
 
 FATAL = (ModelError, DataError, CheckpointError, BatchError)
 """Errors that a fresh process would meet again."""
@@ -104,6 +105,12 @@ class Learner:
         state.restore(trainer, head, tensors)
         self.trainer = trainer
         return trainer
+
+    def stage(self, position: Position) -> tuple[StagedWeights, int]:
+        """A copy of what this rank owns of the weights, as they are now, and what that adds to their digest."""
+        trainer = self.loaded()
+        trainer.adopt(position)
+        return state.stage(trainer.layout)
 
     def gather(self, position: Position, what: state.Whole, targets: dict[str, Tensor]) -> None:
         """Copy what this rank owns of the replica's weights or state into whole tensors."""

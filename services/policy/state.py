@@ -19,8 +19,9 @@ from torch import Tensor
 from services.policy.layouts.compose import Layout
 from services.policy.trainer import Snapshot, Stage, Trainer
 from shared.messages import Position
-from shared.weights import TensorSpec, digest_of
-from shared.weights.staging import load_tensors, spec_of
+from shared.weights import StagedWeights, TensorSpec, digest_of
+from shared.weights.digest import MODULUS, box_sum, hexadecimal
+from shared.weights.staging import allocate, load_tensors, spec_of
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
 Whole = Literal["weights", "state"]
@@ -61,6 +62,18 @@ def write(trainer: Trainer, what: Whole, targets: Mapping[str, Tensor]) -> None:
             layout.write(parameter_of(name, what), part, targets[name])
         elif layout.grid.rank == 0:
             targets[name].copy_(part)
+
+
+def stage(layout: Layout) -> tuple[StagedWeights, int]:
+    """A copy of what this rank owns of the weights, and what that adds to their digest."""
+    shared, parts = layout.shared, layout.weights()
+    boxes = shared.owned()[layout.grid.rank]
+    area = allocate([spec_of(name, parts[name]) for name in boxes])
+    load_tensors(area.tensors, {name: parts[name] for name in boxes})
+    specs = {spec.name: spec for spec in shared.manifest}
+    sums = (box_sum(name, area.tensors[name], specs[name].shape, box) for name, box in boxes.items())
+    total = sum(sums) % MODULUS
+    return StagedWeights(area, hexadecimal(total), None if layout.whole else shared), total
 
 
 def parameter_of(name: str, what: Whole = "state") -> str:

@@ -30,8 +30,8 @@ from services.policy.packing import MicroBatch, pack, share_out
 from shared.config import Recipe
 from shared.mesh import MeshError
 from shared.models import ModelError
-from shared.weights.slices import Box, Parallel, Split, held, is_vision, owner, split_of
-from shared.weights.staging import manifest_of
+from shared.weights.slices import Box, Parallel, PolicyLayout, Split, held, is_vision, owner, split_of
+from shared.weights.staging import Shared, manifest_of
 
 SUM_BYTES = 32 << 20
 """About how many bytes of gradients are summed in one go."""
@@ -101,6 +101,11 @@ class Layout:
     def whole(self) -> bool:
         """Whether this rank has all of the model."""
         return self.grid.parallel.world == 1
+
+    @property
+    def shared(self) -> Shared:
+        """The weights as the ranks of the replica have them between them."""
+        return Shared(self.manifest, PolicyLayout(self._architecture, self.grid.parallel))
 
     def write(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Copy this rank's part of what belongs to a parameter into the whole of it, if no other rank is to do it."""

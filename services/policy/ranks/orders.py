@@ -19,6 +19,7 @@ from shared.messages import (
     MeshFormed,
     Position,
     RevokeMesh,
+    SendWeights,
     TrainStep,
 )
 
@@ -106,6 +107,18 @@ class Gather(Order, frozen=True):
     patience = "load_s"
 
 
+class Stage(Order, frozen=True):
+    """`Learner.stage`: have a copy of what this rank owns of the weights; the answer's `total` is of that."""
+
+    position: Position
+
+
+class Send(Order, frozen=True):
+    """`Publisher.publish`: send the copy of that position, beside whatever comes next. A failure comes as `Told`."""
+
+    weights: SendWeights
+
+
 class Take(Order, frozen=True):
     """`Learner.take`: another policy's state has come to rank 0, which shares the memory that it lies in by `path`.
 
@@ -119,7 +132,7 @@ class Take(Order, frozen=True):
 
 
 class Form(Order, frozen=True):
-    """Build this rank's own group of a gradients mesh. Answered by `Told`."""
+    """Build this rank's own group of a gradients mesh, or its part of a weights mesh. Answered by `Told`."""
 
     mesh: FormMesh
 
@@ -134,7 +147,7 @@ class Leave(Order, frozen=True):
     """End this process. Answered by its end."""
 
 
-AnyOrder = Begin | Load | Forget | Train | Commit | Abort | Gather | Take | Form | Revoke | Leave
+AnyOrder = Begin | Load | Forget | Train | Commit | Abort | Gather | Stage | Send | Take | Form | Revoke | Leave
 
 
 class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,10 +167,11 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
 
 
 class Done(Answer, frozen=True):
-    """The order was carried out. `holds`: of `Load`, whether the state is held now."""
+    """The order was carried out. `holds`: whether a state is held now. `total`: of `Stage`, its part of the digest."""
 
     number: int
     holds: bool
+    total: int = 0
 
 
 class Failed(Answer, frozen=True):
