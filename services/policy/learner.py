@@ -112,11 +112,11 @@ class Learner:
         trainer.adopt(position)
         return state.stage(trainer.layout)
 
-    def gather(self, position: Position, what: state.Whole, targets: dict[str, Tensor]) -> None:
-        """Copy what this rank owns of the replica's weights or state into whole tensors."""
+    def gather(self, position: Position, targets: dict[str, Tensor]) -> None:
+        """Copy what this rank owns of the replica's state into whole tensors."""
         trainer = self.loaded()
         trainer.adopt(position)
-        state.write(trainer, what, targets)
+        state.write(trainer, targets)
 
     def built(self) -> Layout:
         """The model, whatever it holds; TrainerError before it was made."""

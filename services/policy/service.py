@@ -50,7 +50,7 @@ from services.policy.ranks.orders import (
     Train,
 )
 from services.policy.sft_rows import SftRows
-from services.policy.state import Head, Whole, head_of, kinds, manifest_for, tensors_of
+from services.policy.state import Head, head_of, kinds, manifest_for, tensors_of
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
 from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
 from shared.config import Recipe, dump_recipe
@@ -335,7 +335,7 @@ class PolicyService:
             if trainer.position != message.position:
                 raise CheckpointError(self._run_folder / message.folder, str(message.position), str(trainer.position),
                                       "ask the replica that holds that state")  # fmt: skip
-            whole = tensors_of(trainer) if trainer.layout.whole else self._copy(trainer, "state").tensors
+            whole = tensors_of(trainer) if trainer.layout.whole else self._copy(trainer).tensors
             recipe = fingerprint(self._recipe)
             keep = self._recipe.checkpoint.keep
             folder = self._run_folder / message.folder
@@ -403,14 +403,12 @@ class PolicyService:
         trainer.adopt(position)
         return trainer
 
-    def _copy(self, trainer: Trainer, what: Whole) -> Area:
-        """A copy of the replica's weights or state as it is now, of the parts of all ranks."""
-        area = allocate(
-            trainer.layout.manifest if what == "weights" else manifest_for(head_of(trainer), trainer.layout)
-        )
+    def _copy(self, trainer: Trainer) -> Area:
+        """A copy of the replica's state as it is now, of the parts of all ranks."""
+        area = allocate(manifest_for(head_of(trainer), trainer.layout))
         manifest = msgspec.msgpack.encode(area.manifest)
-        with self._together(Gather(trainer.position, what, manifest, area.path)):
-            self._learner.gather(trainer.position, what, area.tensors)
+        with self._together(Gather(trainer.position, manifest, area.path)):
+            self._learner.gather(trainer.position, area.tensors)
         return area
 
 

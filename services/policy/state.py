@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
 
 import msgspec
 import torch
@@ -24,8 +23,6 @@ from shared.weights.digest import MODULUS, box_sum, hexadecimal
 from shared.weights.staging import allocate, load_tensors, spec_of
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
-Whole = Literal["weights", "state"]
-"""What is put together: the model's weights by their names, or all of the state."""
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,13 +50,12 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     return {**found, RANDOM: torch.get_rng_state()}
 
 
-def write(trainer: Trainer, what: Whole, targets: Mapping[str, Tensor]) -> None:
+def write(trainer: Trainer, targets: Mapping[str, Tensor]) -> None:
     """Copy those of this rank's parts that it owns into whole tensors."""
     layout = trainer.layout
-    parts = layout.weights() if what == "weights" else tensors_of(trainer)
-    for name, part in parts.items():
+    for name, part in tensors_of(trainer).items():
         if name != RANDOM:
-            layout.write(parameter_of(name, what), part, targets[name])
+            layout.write(parameter_of(name), part, targets[name])
         elif layout.grid.rank == 0:
             targets[name].copy_(part)
 
@@ -76,10 +72,8 @@ def stage(layout: Layout) -> tuple[StagedWeights, int]:
     return StagedWeights(area, hexadecimal(total), None if layout.whole else shared), total
 
 
-def parameter_of(name: str, what: Whole = "state") -> str:
+def parameter_of(name: str) -> str:
     """The parameter that a tensor of the state belongs to: "optimizer/exp_avg/NAME" -> NAME."""
-    if what == "weights":
-        return name
     kind, _, rest = name.partition("/")
     return rest.partition("/")[2] if kind + "/" == OPTIMIZER else rest
 

@@ -15,7 +15,6 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from shared.weights.digest import digest_of
 from shared.weights.errors import WeightsError
 from shared.weights.memory import shared_memory
 from shared.weights.plan import gather
@@ -114,13 +113,6 @@ def manifest_of(model: nn.Module) -> list[TensorSpec]:
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
     """What a manifest says of a tensor."""
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-
-
-def stage(model: nn.Module) -> StagedWeights:
-    """Copy the model's weights as they are now; the trainer may step on as soon as it returns."""
-    area = allocate(manifest_of(model))
-    load_tensors(area.tensors, named_weights(model))
-    return StagedWeights(area, digest_of(area.tensors))
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

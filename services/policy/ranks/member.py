@@ -160,7 +160,7 @@ def _abort(learner: Learner, order: Abort, _frames: list[memoryview]) -> None:
 def _gather(learner: Learner, order: Gather, _frames: list[memoryview]) -> None:
     manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
     memory = open_shared(order.path, area_bytes(manifest))
-    learner.gather(order.position, order.what, tensor_views(memory, manifest))
+    learner.gather(order.position, tensor_views(memory, manifest))
 
 
 def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:

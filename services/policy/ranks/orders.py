@@ -95,13 +95,12 @@ class Abort(Order, frozen=True):
 
 
 class Gather(Order, frozen=True):
-    """`Learner.gather`: put this rank's parts of what the replica holds into memory that rank 0 shares by `path`.
+    """`Learner.gather`: put this rank's parts of the replica's state into memory that rank 0 shares by `path`.
 
     `manifest`, of that memory, is a list of TensorSpec as msgpack.
     """
 
     position: Position
-    what: Literal["weights", "state"]
     manifest: bytes
     path: str
     patience = "load_s"

@@ -12,17 +12,10 @@ from services.policy.layouts.fit import architecture_of
 from shared.config.schema import BuildTable, ModelTable
 from shared.mesh import Mesh
 from shared.models import load_model
-from shared.weights import (
-    StagedWeights,
-    WeightsError,
-    load_into,
-    manifest_of,
-    receive_weights,
-    send_weights,
-    stage,
-)
+from shared.weights import StagedWeights, WeightsError, load_into, manifest_of, receive_weights, send_weights
 from shared.weights.slices import Box, Parallel, PolicyLayout
 from shared.weights.staging import Shared, allocate, named_weights
+from tests.staged import stage
 from tests.unit.mesh.threads import on_each_rank
 
 

@@ -49,7 +49,7 @@ def test_what_was_sent_before_a_member_came_waits_for_it_in_order(crew: CrewChan
         Load(LoadState("peer", AT, "")),
         Commit(CommitStep(3, 1, 1)),
         Abort(3, 1, 1),
-        Gather(AT, "state", b"manifest", "/proc/1/fd/3"),
+        Gather(AT, b"manifest", "/proc/1/fd/3"),
         Forget(),
         Take(b"head", b"manifest", "/proc/1/fd/3"),
     ]
