@@ -530,7 +530,7 @@ class FormMesh(Message):
 
 
 class MeshFormed(Message):
-    """Member -> controller: the group of `epoch` stands on this rank."""
+    """Member -> controller: the group of `epoch` stands, on all ranks of this replica that are members."""
 
     epoch: int
 
@@ -576,7 +576,7 @@ class StoreValue(Transient):
 class SendWeights(Message):
     """Controller -> source: send a copy of `position` over the mesh of `epoch`. -> `WeightsSent`.
 
-    A policy stages the copy, any other replica sends what it received.
+    Each rank of a policy stages and sends what it owns, any other replica's rank 0 sends what it received.
     """
 
     epoch: int
@@ -584,7 +584,7 @@ class SendWeights(Message):
 
 
 class ReceiveWeights(Message):
-    """Controller -> receiver: take `position` from rank 0 of the mesh of `epoch`, swap it in. -> `WeightsLoaded`."""
+    """Controller -> receiver: take `position` from all others in the mesh of `epoch`. -> `WeightsLoaded`."""
 
     epoch: int
     position: Position

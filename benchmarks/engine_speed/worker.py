@@ -18,7 +18,8 @@ from shared.engines.base import Engine, Request
 from shared.engines.load import load_engine
 from shared.messages import Sampling
 from shared.models import load_model
-from shared.weights import StagedWeights, stage
+from shared.weights import StagedWeights, digest_of, manifest_of
+from shared.weights.staging import allocate, load_tensors, named_weights
 
 PROMPT, SAMPLES = 30, 8
 SHORTEST, LONGEST = 8, 200
@@ -97,7 +98,10 @@ def main() -> None:
     recipe = load_recipe(sys.argv[1], [f"rollout.engine={sys.argv[2]}"])
     torch.set_num_threads(recipe.rollout.threads)
     engine, tokenizer = load_engine(recipe, "rollout-0")
-    weights = stage(load_model(recipe.model, recipe.run.seed, weights=True))
+    model = load_model(recipe.model, recipe.run.seed, weights=True)
+    area = allocate(manifest_of(model))
+    load_tensors(area.tensors, named_weights(model))
+    weights = StagedWeights(area, digest_of(area.tensors))
     update(engine, weights, 0)
     feed = Feed(len(tokenizer))
     throughput(engine, feed, 16)  # the first steps of an engine are slow

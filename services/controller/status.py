@@ -92,7 +92,7 @@ def _meshes(state: State) -> list[dict[str, object]]:
             "purpose": mesh.purpose,
             "backend": mesh.backend,
             "state": mesh.state,
-            "members": [member.replica for member in mesh.members],
+            "members": mesh.replicas,
             "formed": list(mesh.formed),
             "transfer": travelling.get(mesh.epoch),
         }

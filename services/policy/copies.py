@@ -1,7 +1,7 @@
 """Copies of what a replica holds, put together by all its ranks at once in memory that they share.
 
-Whatever leaves a policy - weights for engines, the state for a peer or a checkpoint - is such a copy, so that the next
-step neither waits for it nor tears it.
+What a peer or a checkpoint gets is such a copy, so that the next step neither waits for it nor tears it. (Weights for
+engines are staged by each rank alone: see `state.stage`.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from services.policy.learner import Learner
 from services.policy.ranks.orders import AnyOrder, Done, Gather
-from services.policy.state import Whole, head_of, manifest_for
+from services.policy.state import head_of, manifest_for
 from services.policy.trainer import Trainer
 from shared.weights.staging import Area, allocate
 
@@ -27,16 +27,14 @@ class Copies:
     def __init__(self, learner: Learner, together: Together) -> None:
         self._learner, self._together = learner, together
 
-    def take(self, trainer: Trainer, what: Whole, over: Area | None = None) -> Area:
-        """The replica's weights or state as it is now; OSError if there is no memory for it.
+    def take(self, trainer: Trainer, over: Area | None = None) -> Area:
+        """The replica's state as it is now; OSError if there is no memory for it.
 
         `over` is a copy of the same tensors that nobody reads any more: to write over it takes a third of the time
         that fresh memory takes.
         """
-        area = over or allocate(
-            trainer.layout.manifest if what == "weights" else manifest_for(head_of(trainer), trainer.layout)
-        )
+        area = over or allocate(manifest_for(head_of(trainer), trainer.layout))
         manifest = msgspec.msgpack.encode(area.manifest)
-        with self._together(Gather(trainer.position, what, manifest, area.path)):
-            self._learner.gather(trainer.position, what, area.manifest, area.memory)
+        with self._together(Gather(trainer.position, manifest, area.path)):
+            self._learner.gather(trainer.position, area.manifest, area.memory)
         return area

@@ -29,7 +29,7 @@ from shared.mesh import Mesh, MeshError
 from shared.messages import LoadState, Position
 from shared.models import ModelError
 from shared.telemetry import get_logger
-from shared.weights import TensorSpec, area_bytes, open_shared, tensor_views
+from shared.weights import StagedWeights, TensorSpec, area_bytes, open_shared, tensor_views
 
 FATAL = (ModelError, DataError, CheckpointError, BatchError)
 """Errors that a fresh process would meet again."""
@@ -123,18 +123,24 @@ class Learner:
         self.trainer = trainer
         return trainer
 
-    def gather(self, position: Position, what: state.Whole, manifest: list[TensorSpec], memory: str | Tensor) -> None:
-        """Put what this rank owns of the replica's weights or state into `memory`, as `take` reads it."""
+    def stage(self, position: Position) -> tuple[StagedWeights, int]:
+        """A copy of what this rank owns of the weights, as they are now, and what that adds to their digest."""
+        trainer = self.loaded()
+        trainer.adopt(position)
+        return state.stage(trainer.layout)
+
+    def gather(self, position: Position, manifest: list[TensorSpec], memory: str | Tensor) -> None:
+        """Put what this rank owns of the replica's state into `memory`, as `take` reads it."""
         trainer = self.loaded()
         trainer.adopt(position)
         if self._is_far:
-            parcels.give(trainer, what)
+            parcels.give(trainer)
             return
         targets = _opened(memory, manifest)
-        state.write(trainer, what, targets)
+        state.write(trainer, targets)
         if self._grid.rank == 0:
             for rank in self._far:
-                parcels.collect(trainer.layout, what, rank, targets)
+                parcels.collect(trainer.layout, rank, targets)
 
     def built(self) -> Layout:
         """The model, whatever it holds; TrainerError before it was made."""

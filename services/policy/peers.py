@@ -17,7 +17,7 @@ import msgspec
 from torch import Tensor
 
 from services.policy.layouts.compose import Layout
-from services.policy.state import Head, Whole, head_of, manifest_for, state_digest, tensors_of
+from services.policy.state import Head, head_of, manifest_for, state_digest, tensors_of
 from services.policy.trainer import Trainer
 from shared.mesh import MeshError
 from shared.mesh.membership import MeshMembership
@@ -42,8 +42,8 @@ DIGESTS_KEPT = 4
 """Positions whose digest is remembered, for a question that comes again after the next steps."""
 
 
-Copy = Callable[[Trainer, Whole], Area]
-"""A copy of what a replica holds, put together by all its ranks."""
+Copy = Callable[[Trainer], Area]
+"""A copy of a replica's state, put together by all its ranks."""
 
 
 class Peers:
@@ -71,7 +71,7 @@ class Peers:
         if trainer.position != message.position:
             self._fail(message.epoch, f"asked for the state of {message.position}, but holds {trainer.position}")
             return
-        head, area = head_of(trainer), self._copy(trainer, "state")
+        head, area = head_of(trainer), self._copy(trainer)
         staged = StagedWeights(area, state_digest(head, area.tensors))
         self._sent = {message.epoch: None}  # an epoch carries one state, and only the last one can be asked for again
         self._worker.submit(self._transfer, message, head, staged)
@@ -124,7 +124,7 @@ class Peers:
 
     def _whole(self, trainer: Trainer) -> Mapping[str, Tensor]:
         """The tensors of the replica's state, to be read at once."""
-        return tensors_of(trainer) if trainer.layout.whole else self._copy(trainer, "state").tensors
+        return tensors_of(trainer) if trainer.layout.whole else self._copy(trainer).tensors
 
     def close(self) -> None:
         """Start no further transfer; one that is on its way ends with its mesh."""

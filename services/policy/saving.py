@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.policy import checkpoint
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
-from services.policy.state import Head, Whole, head_of, kinds, manifest_for, random_of_devices
+from services.policy.state import Head, head_of, kinds, manifest_for, random_of_devices
 from services.policy.trainer import Trainer
 from shared.config import Recipe, dump_recipe
 from shared.messages import AnyMessage, CheckpointFailed, CheckpointSaved, SaveCheckpoint
@@ -31,7 +31,7 @@ from shared.telemetry import get_logger
 from shared.weights.staging import Area
 
 Export = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-Copy = Callable[[Trainer, Whole, Area | None], Area]
+Copy = Callable[[Trainer, Area | None], Area]
 """A copy of what a replica holds, put together by all its ranks, perhaps in the memory of an earlier one."""
 
 
@@ -108,7 +108,7 @@ class Saver:
         head = head_of(trainer)
         if self._area is not None and self._area.manifest != manifest_for(head, trainer.layout):
             self._area = None  # given back first
-        self._area = self._copy(trainer, "state", self._area)
+        self._area = self._copy(trainer, self._area)
         return head, {**self._area.tensors, **random_of_devices()}
 
     def _write(self, order: SaveCheckpoint, head: Head, whole: Mapping[str, Tensor], exported: Export | None) -> None:

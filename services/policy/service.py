@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -40,6 +41,8 @@ from services.policy.ranks.orders import (
     Forget,
     Load,
     RanksError,
+    Send,
+    Stage,
     Take,
     Train,
 )
@@ -86,7 +89,7 @@ from shared.models import load_tokenizer
 from shared.nccl.device import own_device
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.telemetry import get_logger
-from shared.weights import StagedWeights, digest_of
+from shared.weights.digest import hexadecimal
 from shared.weights.publisher import Publisher
 from shared.weights.staging import Area
 
@@ -335,9 +338,12 @@ class PolicyService:
                 cause = f"expected to hold {message.position}, but this replica holds {trainer.position}"
                 self._client.send(WeightsFailed(message.epoch, message.position, cause))
                 return
-            area = self._copies.take(trainer, "weights")
-            self._publisher.offer(message.position, StagedWeights(area, digest_of(area.tensors)))
-        self._publisher.publish(message)
+            with self._together(Stage(message.position)) as others:
+                staged, total = self._learner.stage(message.position)
+            digest = hexadecimal(total + sum(done.total for done in others))
+            self._publisher.offer(message.position, replace(staged, digest=digest))
+        with self._together(Send(message)):
+            self._publisher.publish(message)
 
     def _send_state(self, message: SendState, _frames: Sequence[Frame]) -> None:
         self._peers.send(message, self._adopted(message.position))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
 
 import msgspec
 import torch
@@ -19,13 +18,12 @@ from torch import Tensor
 from services.policy.layouts.compose import Layout
 from services.policy.trainer import Snapshot, Stage, Trainer
 from shared.messages import Position
-from shared.weights import TensorSpec, digest_of
-from shared.weights.staging import load_tensors, spec_of
+from shared.weights import StagedWeights, TensorSpec, digest_of
+from shared.weights.digest import MODULUS, box_sum, hexadecimal
+from shared.weights.staging import allocate, load_tensors, spec_of
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
 RANDOM_DEVICE = "random/cuda:"
-Whole = Literal["weights", "state"]
-"""What is put together: the model's weights by their names, or all of the state."""
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,25 +57,30 @@ def random_of_devices() -> dict[str, Tensor]:
     return {f"{RANDOM_DEVICE}{index}": state for index, state in enumerate(states)}
 
 
-def parts_of(trainer: Trainer, what: Whole) -> dict[str, Tensor]:
-    """This rank's parts of the weights or the state by name; not copies."""
-    return trainer.layout.weights() if what == "weights" else tensors_of(trainer)
-
-
-def write(trainer: Trainer, what: Whole, targets: Mapping[str, Tensor]) -> None:
+def write(trainer: Trainer, targets: Mapping[str, Tensor]) -> None:
     """Copy those of this rank's parts that it owns into whole tensors."""
     layout = trainer.layout
-    for name, part in parts_of(trainer, what).items():
+    for name, part in tensors_of(trainer).items():
         if name != RANDOM:
-            layout.write(parameter_of(name, what), part, targets[name])
+            layout.write(parameter_of(name), part, targets[name])
         elif layout.grid.rank == 0:
             targets[name].copy_(part)
 
 
-def parameter_of(name: str, what: Whole = "state") -> str:
+def stage(layout: Layout) -> tuple[StagedWeights, int]:
+    """A copy of what this rank owns of the weights, and what that adds to their digest."""
+    shared, parts = layout.shared, layout.weights()
+    boxes = shared.owned()[layout.grid.rank]
+    area = allocate([spec_of(name, parts[name]) for name in boxes])
+    load_tensors(area.tensors, {name: parts[name] for name in boxes})
+    specs = {spec.name: spec for spec in shared.manifest}
+    sums = (box_sum(name, area.tensors[name], specs[name].shape, box) for name, box in boxes.items())
+    total = sum(sums) % MODULUS
+    return StagedWeights(area, hexadecimal(total), None if layout.whole else shared), total
+
+
+def parameter_of(name: str) -> str:
     """The parameter that a tensor of the state belongs to: "optimizer/exp_avg/NAME" -> NAME."""
-    if what == "weights":
-        return name
     kind, _, rest = name.partition("/")
     return rest.partition("/")[2] if kind + "/" == OPTIMIZER else rest
 

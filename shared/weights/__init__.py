@@ -11,7 +11,6 @@ from shared.weights.staging import (
     area_bytes,
     load_into,
     manifest_of,
-    stage,
     tensor_views,
 )
 from shared.weights.transfer import receive_weights, send_weights
@@ -27,6 +26,5 @@ __all__ = [
     "open_shared",
     "receive_weights",
     "send_weights",
-    "stage",
     "tensor_views",
 ]

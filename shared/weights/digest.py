@@ -21,6 +21,8 @@ from hashlib import blake2b, shake_128
 import torch
 from torch import Tensor
 
+from shared.weights.slices import Box, runs
+
 BLOCK = 1 << 16
 OFFSET = 0x9E3779B97F4A7C15
 """Added to each unit, so that zeros count too."""
@@ -65,6 +67,40 @@ def _table(device: torch.device) -> tuple[Tensor, list[int]]:
     coefficients = torch.frombuffer(noise, dtype=torch.int64) | 1
     prefix = [0, *torch.cumsum(coefficients, 0).tolist()]
     return coefficients.to(device), prefix
+
+
+def box_sum(name: str, part: Tensor, shape: Sequence[int], box: Box) -> int:
+    """What a box of the tensor `name` adds to the digest; `part` holds just the box, `shape` is the whole tensor's.
+
+    Short runs are added up many at a time, by the same formula: a call of `slice_sum` for each would take longer than
+    the sums.
+    """
+    places = list(runs(box, shape))
+    length = places[0][1] - places[0][0] if places else 0
+    rows = part.detach().contiguous().reshape(-1).view(torch.int8 if part.element_size() == 1 else torch.int16)
+    per_element = max(1, part.element_size() // 2)
+    width = length * per_element
+    if len(places) == 1 or width > BLOCK:
+        parts = zip(part.contiguous().reshape(len(places), -1), places, strict=True)
+        return sum(slice_sum(name, run, shape, start) for run, (start, _) in parts) % MODULUS
+    seed = f"{name} {part.dtype} {list(shape)}".encode()
+    coefficients, prefix = _table(part.device)
+    windows = torch.cat([coefficients, coefficients]).unfold(0, width, 1)  # coefficients of a run, by its place
+    many = max(1, BLOCK * 8 // width)
+    total = 0
+    for first in range(0, len(places), many):
+        starts = [divmod(start * per_element, BLOCK) for start, _ in places[first : first + many]]
+        units = rows[first * width : (first + len(starts)) * width].view(len(starts), width).to(torch.int64)
+        products = units.mul_(windows[torch.tensor([place for _, place in starts], device=part.device)])
+        sums = products.sum(1).tolist()
+        for row, (block, place) in enumerate(starts):
+            here = min(width, BLOCK - place)
+            ahead = int(products[row, here:].sum()) if here < width else 0  # of the run's units in the next block
+            own = sums[row] - ahead + OFFSET * (prefix[place + here] - prefix[place])
+            total += own * _block_key(seed, block)
+            if here < width:
+                total += (ahead + OFFSET * prefix[width - here]) * _block_key(seed, block + 1)
+    return total % MODULUS
 
 
 def _block_key(seed: bytes, block: int) -> int:

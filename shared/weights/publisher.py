@@ -1,6 +1,6 @@
 """Publishing weights: a copy that nobody changes, sent to one receiver after the other or to several at once.
 
-Used by every replica: a policy offers a copy that it stages, an engine the one that it has received. Invariant: what
+Used by every replica: each rank of a policy offers a copy of its part, an engine what it has received. Invariant: what
 goes out is the copy, so neither the next optimizer step nor the next swap waits for a transfer or tears it; the copy of
 the last position stays, so that a late receiver is served while a batch is under way.
 """
@@ -19,7 +19,10 @@ from shared.weights.transfer import send_weights
 
 
 class Publisher:
-    """Answers `SendWeights`: each transfer runs on a thread of its own, over a mesh of its own. Thread-safe."""
+    """Answers `SendWeights`: each transfer runs on a thread of its own, over a mesh of its own. Thread-safe.
+
+    Those over one mesh follow one another: of several sources one may not have ended while another begins the next.
+    """
 
     def __init__(self, meshes: MeshMembership, send: Callable[[AnyMessage], object], bucket_bytes: int) -> None:
         self._meshes = meshes
@@ -28,6 +31,7 @@ class Publisher:
         self._lock = threading.Lock()
         self._offered: tuple[Position, StagedWeights] | None = None
         self._transfers: dict[tuple[int, Position], WeightsSent | None] = {}  # None: on its way
+        self._threads: dict[int, threading.Thread] = {}
         self._closed = False
 
     @property
@@ -39,6 +43,7 @@ class Publisher:
         """Serve this copy from now on; transfers of the one before go on with theirs."""
         with self._lock:
             self._offered = position, staged
+            self._threads = {epoch: thread for epoch, thread in self._threads.items() if thread.is_alive()}
             # only the position offered last can be asked for again
             self._transfers = {k: v for k, v in self._transfers.items() if k[1] == position or v is None}
 
@@ -57,8 +62,10 @@ class Publisher:
         if sent is not None:
             self._send(sent)
         elif mine and offered is not None:
-            name = f"publish-{message.epoch}"
-            threading.Thread(target=self._transfer, args=(message, offered[1]), name=name, daemon=True).start()
+            before = self._threads.get(message.epoch)
+            work = threading.Thread(target=self._transfer, args=(message, offered[1], before), daemon=True)
+            self._threads[message.epoch] = work
+            work.start()
         elif not known:
             held = offered[0] if offered is not None else "none"
             cause = f"expected to have a copy of the weights of {message.position}, but this replica has {held}"
@@ -69,7 +76,9 @@ class Publisher:
         with self._lock:
             self._closed = True
 
-    def _transfer(self, message: SendWeights, staged: StagedWeights) -> None:
+    def _transfer(self, message: SendWeights, staged: StagedWeights, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
         started = time.perf_counter()
         key = (message.epoch, message.position)
         try:

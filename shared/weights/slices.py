@@ -167,6 +167,14 @@ class Architecture:
     tied: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyLayout:
+    """A model, and how the ranks of a policy replica share it."""
+
+    architecture: Architecture
+    parallel: Parallel
+
+
 class Split(StrEnum):
     """How tensor (and expert) parallelism cuts a tensor; see the module's table."""
 

@@ -15,9 +15,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from shared.weights.digest import digest_of
 from shared.weights.errors import WeightsError
 from shared.weights.memory import shared_memory
+from shared.weights.plan import gather
+from shared.weights.slices import Box, PolicyLayout
 
 ALIGNMENT = 64
 """Bytes that each tensor's start is a multiple of."""
@@ -47,11 +48,43 @@ class Area:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Weights that the ranks of a policy replica have between them: `manifest` lists them whole."""
+
+    manifest: list[TensorSpec]
+    layout: PolicyLayout
+
+    @property
+    def ranks(self) -> int:
+        """How many they are."""
+        return self.layout.parallel.world
+
+    def owned(self) -> list[dict[str, Box]]:
+        """By rank, the boxes whose one copy that counts it has, in the manifest's order."""
+        found: list[dict[str, Box]] = [{} for _ in range(self.ranks)]
+        for rank, name, box in gather(self.manifest, self.layout.architecture, self.layout.parallel):
+            found[rank][name] = box
+        return found
+
+    def manifests(self) -> list[list[TensorSpec]]:
+        """By rank, what a staged copy of its boxes holds."""
+        specs = {spec.name: spec for spec in self.manifest}
+        return [
+            [TensorSpec(name, specs[name].dtype, list(box.shape)) for name, box in owned.items()]
+            for owned in self.owned()
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class StagedWeights:
-    """A copy that nobody changes; `digest` is of its contents."""
+    """A copy that nobody changes; `digest` is of the weights.
+
+    With `shared` it is the part of one rank, and `area` holds just the boxes that it owns.
+    """
 
     area: Area
     digest: str
+    shared: Shared | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,13 +113,6 @@ def manifest_of(model: nn.Module) -> list[TensorSpec]:
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
     """What a manifest says of a tensor."""
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-
-
-def stage(model: nn.Module) -> StagedWeights:
-    """Copy the model's weights as they are now; the trainer may step on as soon as it returns."""
-    area = allocate(manifest_of(model))
-    load_tensors(area.tensors, named_weights(model))
-    return StagedWeights(area, digest_of(area.tensors))
 
 
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,11 @@
-"""Weights over a mesh: rank 0 sends a staged copy, all other ranks receive it.
+"""Weights over a mesh: all its ranks but the last are the source, and the last one receives.
 
-What travels: the length of the head (int64) and the head (msgpack: manifest and bucket size, as bytes) by broadcast
-from rank 0; a vote, as a sum over all ranks, of how many receivers cannot use that; then, if none, the staged memory by
-broadcast in buckets. Invariants: a receiver touches no model - what arrived goes in by `load_into` once its caller says
+A source of one rank has a whole copy. Of a policy of several ranks each has a copy of the boxes that it owns and sends
+them straight to the receiver, which puts them into whole tensors: both compute the boxes from manifest and layout.
+
+What travels: the length of the head (int64) and the head (msgpack: manifest, bucket size, layout), by broadcast from
+rank 0; a vote, as a sum over all ranks, of how many cannot use that; if none, the staged memory of one source after the
+other, in buckets. Invariants: a receiver touches no model - what arrived goes in by `load_into` once its caller says
 so; a transfer refused in the vote ends on every rank at once, with a mesh that can be used again.
 """
 
@@ -18,18 +21,22 @@ from torch import Tensor
 from shared.mesh import Mesh
 from shared.weights.digest import digest_of
 from shared.weights.errors import WeightsError
-from shared.weights.staging import StagedWeights, TensorSpec, allocate
+from shared.weights.slices import Box, PolicyLayout
+from shared.weights.staging import Area, Shared, StagedWeights, TensorSpec, allocate, area_bytes, tensor_views
 
 SOURCE = 0
-"""Mesh rank of the source."""
+"""Mesh rank of the source; of the first one, where there are several."""
 
 HEAD_LIMIT = 1 << 28
 """Most bytes of a head; more is no head."""
 
 
 class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`layout` is that of a source of several ranks; `manifest` lists whole tensors."""
+
     manifest: list[TensorSpec]
     bucket_bytes: int
+    layout: PolicyLayout | None
 
 
 def send_head(head: bytes, mesh: Mesh) -> None:
@@ -50,27 +57,82 @@ def receive_head(mesh: Mesh, limit: int) -> bytes:
 
 
 def send_weights(staged: StagedWeights, mesh: Mesh, bucket_bytes: int) -> int:
-    """Send the staged copy to all other ranks; returns the bytes that went out. MeshError if a peer fails."""
-    if mesh.rank != SOURCE:
-        raise WeightsError(f"expected mesh rank {SOURCE} as the source of weights, got rank {mesh.rank}")
-    head = msgspec.msgpack.encode(_Head(staged.area.manifest, bucket_bytes))
-    send_head(head, mesh)
-    _vote(mesh, None)
-    for bucket in _buckets(staged.area.memory, bucket_bytes):
-        mesh.broadcast(bucket, SOURCE)
-    return len(head) + staged.area.memory.numel()
+    """Send a staged copy, or this rank's part of one, to the last rank; returns the bytes that go out of all ranks.
+
+    MeshError if a peer fails; WeightsError if the receiver cannot use them.
+    """
+    shared = staged.shared
+    sources = shared.ranks if shared is not None else 1
+    if mesh.size != sources + 1 or mesh.rank >= sources:
+        raise WeightsError(
+            f"expected a mesh of {sources} sources of these weights and, behind them, the receiver, got mesh rank "
+            f"{mesh.rank} of {mesh.size}"
+        )
+    manifest = shared.manifest if shared is not None else staged.area.manifest
+    head = msgspec.msgpack.encode(_Head(manifest, bucket_bytes, shared.layout if shared is not None else None))
+    differs = None
+    if mesh.rank == SOURCE:
+        send_head(head, mesh)
+    elif receive_head(mesh, HEAD_LIMIT) != head:
+        differs = f"{mesh.named(SOURCE)} announces other weights than this rank has a part of"
+    _vote(mesh, differs)
+    for message in _messages(staged.area, bucket_bytes):
+        mesh.send(message, sources)
+    return len(head) + area_bytes(manifest)
 
 
 def receive_weights(manifest: Sequence[TensorSpec], mesh: Mesh, bucket_bytes: int) -> StagedWeights:
-    """Receive what rank 0 sends, with the digest of what arrived.
+    """Receive what the other ranks send, with the digest of what arrived.
 
     WeightsError, before any weight travels, if the source's manifest is not `manifest` (of the receiver's own model).
     """
-    _vote(mesh, _objection(manifest, receive_head(mesh, HEAD_LIMIT), bucket_bytes))
+    head = _read(receive_head(mesh, HEAD_LIMIT))
+    _vote(mesh, head if isinstance(head, str) else _objection(manifest, head, mesh.size - 1, bucket_bytes))
+    assert isinstance(head, _Head)
     area = allocate(manifest)
-    for bucket in _buckets(area.memory, bucket_bytes):
-        mesh.broadcast(bucket, SOURCE)
+    if head.layout is None:
+        for message in _messages(area, bucket_bytes):
+            mesh.recv(message, SOURCE)
+    else:
+        shared = Shared(head.manifest, head.layout)
+        for rank, (own, boxes) in enumerate(zip(shared.manifests(), shared.owned(), strict=True)):
+            _receive_part(area, own, boxes, mesh, rank, bucket_bytes)
     return StagedWeights(area, digest_of(area.tensors))
+
+
+def _receive_part(area: Area, own: list[TensorSpec], boxes: dict[str, Box], mesh: Mesh, rank: int, most: int) -> None:
+    """Take what one source owns, some boxes at a time, and put them where they belong in the whole tensors."""
+    for group in _groups(own, most):
+        memory = torch.empty(area_bytes(group), dtype=torch.uint8)
+        for bucket in _buckets(memory, most):
+            mesh.recv(bucket, rank)
+        for name, part in tensor_views(memory, group).items():
+            whole = area.tensors[name]
+            whole[boxes[name].within(Box.whole(whole.shape))].copy_(part)
+
+
+def _messages(area: Area, most: int) -> Iterator[Tensor]:
+    """The memory of a staged copy as it travels: so that a message holds whole tensors, or a part of one."""
+    start = 0
+    for group in _groups(area.manifest, most):
+        stop = start + area_bytes(group)
+        yield from _buckets(area.memory[start:stop], most)
+        start = stop
+
+
+def _groups(manifest: Sequence[TensorSpec], most: int) -> Iterator[list[TensorSpec]]:
+    """A manifest in groups, each of at most `most` bytes or of one tensor."""
+    group: list[TensorSpec] = []
+    size = 0
+    for spec in manifest:
+        nbytes = area_bytes([spec])
+        if group and size + nbytes > most:
+            yield group
+            group, size = [], 0
+        group.append(spec)
+        size += nbytes
+    if group:
+        yield group
 
 
 def _buckets(memory: Tensor, bucket_bytes: int) -> Iterator[Tensor]:
@@ -86,16 +148,21 @@ def _vote(mesh: Mesh, objection: str | None) -> None:
         raise WeightsError(objection)
     if int(against):
         raise WeightsError(
-            f"expected all {mesh.size - 1} receivers to take the weights, {int(against)} refused; their errors say why"
+            f"expected all {mesh.size} ranks to agree on the weights that travel, {int(against)} refused; "
+            f"their errors say why"
         )
 
 
-def _objection(manifest: Sequence[TensorSpec], raw: bytes, bucket_bytes: int) -> str | None:
-    """What keeps a receiver with `manifest` from taking weights with the head `raw`."""
+def _read(raw: bytes) -> _Head | str:
+    """The head, or why it is none."""
     try:
-        head = msgspec.msgpack.decode(raw, type=_Head)
+        return msgspec.msgpack.decode(raw, type=_Head)
     except msgspec.MsgspecError as error:
         return f"expected a manifest from the source, got bytes that are none: {error}"
+
+
+def _objection(manifest: Sequence[TensorSpec], head: _Head, sources: int, bucket_bytes: int) -> str | None:
+    """What keeps a receiver with `manifest` from taking weights with this head from so many sources."""
     for own, sent in zip_longest(manifest, head.manifest):
         if own != sent:
             return (
@@ -107,6 +174,9 @@ def _objection(manifest: Sequence[TensorSpec], raw: bytes, bucket_bytes: int) ->
             f"expected buckets of {bucket_bytes} bytes, the source sends {head.bucket_bytes}; "
             f"give both services the same weights.bucket_mb"
         )
+    shared_by = head.layout.parallel.world if head.layout is not None else 1
+    if shared_by != sources:
+        return f"expected weights of {sources} sources, as the mesh has, got the layout of {shared_by}: {head.layout}"
     return None
 
 

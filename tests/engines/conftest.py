@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from shared.config.schema import EngineParallelTable
 from shared.engines.base import Engine
 from shared.engines.folder import write_folder
-from shared.weights import manifest_of, stage
+from shared.weights import manifest_of
 from tests.engines.families import CONTEXT, FAMILIES, SLOTS, STOP, reader, tiny, tokenizer
+from tests.staged import stage
 
 START_S, CALL_S = 180.0, 60.0
 """Time for an engine to start on a machine that does other things too, and for any call to it."""

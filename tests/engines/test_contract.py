@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shared.engines.base import Engine, EngineError, Finished, PromptTooLong
-from shared.weights import WeightsError, stage
+from shared.weights import WeightsError
 from tests.engines.conftest import MakeEngine, replace
 from tests.engines.families import (
     SLOTS,
@@ -31,6 +31,7 @@ from tests.engines.families import (
     run,
     tiny,
 )
+from tests.staged import stage
 
 Engines = Callable[[str], tuple[Engine, PreTrainedModel]]
 LENGTHS = (3, 17, 9, 30, 1, 40)

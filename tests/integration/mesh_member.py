@@ -16,7 +16,8 @@ import torch
 
 from shared.mesh import MeshError, form_mesh
 from shared.messages import MeshIdentity, MeshMember, Message, StoreValue
-from shared.weights import load_into, manifest_of, receive_weights, send_weights, stage
+from shared.weights import load_into, manifest_of, receive_weights, send_weights
+from tests.staged import stage
 
 
 def read_exactly(connection: socket.socket, count: int) -> bytes:

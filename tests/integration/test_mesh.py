@@ -173,10 +173,9 @@ def test_forming_without_a_member_ends_at_its_timeout_and_names_it(members) -> N
 
 
 def test_weights_arrive_as_staged_with_equal_digests(members) -> None:
-    group = members(3, "weights")
-    assert [member.line() for member in group] == [["formed"]] * 3
+    group = members(2, "weights")
+    assert [member.line() for member in group] == [["formed"]] * 2
     assert int(group[0].line()[1]) > 300 * 200 * 6
     digests = {member.line()[1] for member in group}
     assert len(digests) == 1
-    for member in group[1:]:
-        assert member.line() == ["checked", *digests]
+    assert group[1].line() == ["checked", *digests]

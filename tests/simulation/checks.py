@@ -445,13 +445,13 @@ class Checks:
             self.broken(f"a replica is sent weights twice at a time: {edges}")
         for edge in edges:
             mesh = state.meshes.meshes.get(edge.epoch)
-            ends = [member.replica for member in mesh.members] if mesh is not None else []
-            if (
-                mesh is None
-                or ends != [edge.source, edge.receiver]
-                or (edge.position is None) == (mesh.state == "formed")
-            ):
+            if mesh is None or (edge.position is None) == (mesh.state == "formed"):
                 self.broken(f"{edge} has the mesh {mesh}")
+            source = state.fleet.replicas[edge.source]
+            ranks = range(source.world if source.role == "policy" else 1)
+            ends = [*((edge.source, rank) for rank in ranks), (edge.receiver, 0)]
+            if [(member.replica, member.rank) for member in mesh.members] != ends:
+                self.broken(f"{edge} has a mesh of other members: {mesh}")
         target = (state.lineages.committed.lineage, state.lineages.committed.version)
         for role in ("rollout", "evaluator") if lists.target == target else ():
             behind = set(_behind(core, role))  # type: ignore[arg-type]
@@ -460,8 +460,8 @@ class Checks:
                 self.broken(f"{behind - known} are behind {target}, and nobody knows it")
         members: dict[str, list[int]] = {}
         for epoch, mesh in state.meshes.meshes.items():
-            for member in mesh.members:
-                members.setdefault(member.replica, []).append(epoch)
+            for name in dict.fromkeys(member.replica for member in mesh.members):
+                members.setdefault(name, []).append(epoch)
         if self.plan.recipe.judge == "evaluator" and state.stages.name == "train" and not state.stages.outcome:
             self._check_rollouts_are_served(core)
         if {name: list(epochs) for name, epochs in state.meshes.memberships.items()} != members:

@@ -46,12 +46,14 @@ class Membership:
         if epoch in self._ended:
             self._process.send(MeshFailed(epoch, f"ended here: {self._ended[epoch]}"))
             return
+        # what the other ranks of a policy do is part of what their rank 0 does
+        members = [member for member in message.identity.members if member.rank == 0]
         me = MeshMember(self._process.replica, self._process.session.incarnation, 0)
-        if me not in message.identity.members:
+        if me not in members:
             self._fail(epoch, f"{me} is none of {message.identity.members}")
             return
         self._forming[epoch] = None
-        size, index = len(message.identity.members), message.identity.members.index(me)
+        size, index = len(members), members.index(me)
         if message.identity.backend == "nccl":
             self._meet(message, index, size)
             return

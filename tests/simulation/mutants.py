@@ -133,7 +133,7 @@ MUTANTS = [
         (
             (
                 f"{CORE}/rules/syncing.py",
-                "turn.send(state.fleet.replicas[member.replica], RevokeMesh(epoch, cause))",
+                "turn.send(state.fleet.replicas[name], RevokeMesh(epoch, cause))",
                 "pass",
             ),
         ),

@@ -74,7 +74,7 @@ def expire(turn: Turn) -> None:
             lose(turn, replica, cause)
     for mesh in [state.meshes.meshes[epoch] for epoch in state.meshes.unformed]:
         if mesh.deadline <= now:
-            missing = [m.replica for m in mesh.members if m.replica not in mesh.formed]
+            missing = [name for name in mesh.replicas if name not in mesh.formed]
             cause = f"{', '.join(missing)} did not form it within timeouts.mesh_s"
             if mesh.state == "minting" and mesh.backend == "nccl":
                 cause = "the controller waited for its unique id past timeouts.mint_s"

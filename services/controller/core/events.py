@@ -37,7 +37,7 @@ from shared.messages import (
     WeightsSent,
 )
 
-CORE_VERSION = 4
+CORE_VERSION = 5
 """Version of the core's rules: a journal record says which version took it; an upgrade starts from a snapshot."""
 
 ReplicaMessage = (

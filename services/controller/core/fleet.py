@@ -73,6 +73,12 @@ class Replica(msgspec.Struct):
         """It as a member of a mesh."""
         return MeshMember(self.name, self.incarnation, 0)
 
+    @property
+    def sources(self) -> list[MeshMember]:
+        """Its ranks that weights come from: each of a policy's has a part of them, an engine's rank 0 has them all."""
+        ranks = range(self.world if self.role == "policy" else 1)
+        return [MeshMember(self.name, self.incarnation, rank) for rank in ranks]
+
 
 class Fleet(msgspec.Struct):
     """Every replica that the run has seen, by name, in its latest incarnation; and the data sets they agreed on.

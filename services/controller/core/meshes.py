@@ -34,7 +34,10 @@ class Retry(msgspec.Struct):
 
 
 class Mesh(msgspec.Struct):
-    """One attempt at a process group. `used` is when an operation on it was last ordered."""
+    """One attempt at a process group. `used` is when an operation on it was last ordered.
+
+    Several ranks of one replica may be members; its rank 0 says for all of them that they stand.
+    """
 
     epoch: int
     purpose: Purpose
@@ -53,6 +56,11 @@ class Mesh(msgspec.Struct):
         return self.members[-1].replica if self.purpose == "weights" else self.purpose
 
     @property
+    def replicas(self) -> list[str]:
+        """Whose ranks its members are, each once, in the order of the members."""
+        return list(dict.fromkeys(member.replica for member in self.members))
+
+    @property
     def identity(self) -> MeshIdentity:
         """What the members are told."""
         return MeshIdentity(
@@ -66,7 +74,7 @@ class Mesh(msgspec.Struct):
 
     def has(self, replica: str) -> bool:
         """Whether a rank of this replica belongs to the mesh."""
-        return any(member.replica == replica for member in self.members)
+        return replica in self.replicas
 
 
 class Meshes(msgspec.Struct):
@@ -91,8 +99,8 @@ class Meshes(msgspec.Struct):
         mesh = Mesh(self.last_epoch, purpose, backend, members, "minting", deadline)
         self.meshes[mesh.epoch] = mesh
         self.unformed[mesh.epoch] = None
-        for member in members:
-            self.memberships.setdefault(member.replica, {})[mesh.epoch] = None
+        for name in mesh.replicas:
+            self.memberships.setdefault(name, {})[mesh.epoch] = None
         return mesh
 
     def minted(self, epoch: int, unique_id: bytes, deadline: float, further_ids: list[bytes] | None = None) -> None:
@@ -103,12 +111,12 @@ class Meshes(msgspec.Struct):
             mesh.further_ids = further_ids or []
 
     def member_formed(self, epoch: int, replica: str) -> bool:
-        """A member stands; the mesh is formed when all do. Whether it is formed by this."""
+        """A replica's members stand; the mesh is formed when all do. Whether it is formed by this."""
         mesh = self.meshes.get(epoch)
         if mesh is None or mesh.state != "forming" or not mesh.has(replica) or replica in mesh.formed:
             return False
         mesh.formed.append(replica)
-        if len(mesh.formed) < len(mesh.members):
+        if len(mesh.formed) < len(mesh.replicas):
             return False
         mesh.state = "formed"
         del self.unformed[epoch]
@@ -123,11 +131,11 @@ class Meshes(msgspec.Struct):
             return None
         mesh.state = "revoked"
         self.unformed.pop(epoch, None)
-        for name in {member.replica for member in mesh.members}:
+        for name in mesh.replicas:
             del self.memberships[name][epoch]
             if not self.memberships[name]:
                 del self.memberships[name]
-        self.revoked[epoch] = [member.replica for member in mesh.members]
+        self.revoked[epoch] = mesh.replicas
         if len(self.revoked) > REVOKED_KEPT:
             del self.revoked[next(iter(self.revoked))]
         if failed:

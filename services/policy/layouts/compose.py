@@ -34,8 +34,8 @@ from shared.config import Recipe
 from shared.mesh import MeshError
 from shared.models import ModelError, load_model, load_skeleton
 from shared.models.stored import Slice, can_slice, stored_weights
-from shared.weights.slices import Box, Parallel, Split, held, is_vision, owner, split_of
-from shared.weights.staging import manifest_of
+from shared.weights.slices import Box, Parallel, PolicyLayout, Split, held, is_vision, owner, split_of
+from shared.weights.staging import Shared, manifest_of
 
 CPU = torch.device("cpu")
 SUM_BYTES = 32 << 20
@@ -124,6 +124,11 @@ class Layout:
     def whole(self) -> bool:
         """Whether this rank has all of the model."""
         return self.grid.parallel.world == 1
+
+    @property
+    def shared(self) -> Shared:
+        """The weights as the ranks of the replica have them between them."""
+        return Shared(self.manifest, PolicyLayout(self._architecture, self.grid.parallel))
 
     def write(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Copy this rank's part of what belongs to a parameter into the whole of it, if no other rank is to do it."""

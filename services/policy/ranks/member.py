@@ -39,19 +39,23 @@ from services.policy.ranks.orders import (
     Leave,
     Load,
     Revoke,
+    Send,
+    Stage,
     Start,
     Take,
     Told,
     Train,
 )
 from services.policy.state import Head
+from services.policy.trainer import MEGABYTE
 from shared.config import Recipe
 from shared.engines.ranks import join
 from shared.mesh.membership import MeshMembership
-from shared.messages import AnyMessage, MeshFailed, MeshFormed, MeshMember
+from shared.messages import AnyMessage, MeshFailed, MeshFormed, MeshMember, WeightsFailed, WeightsSent
 from shared.service import EXIT_DONE, EXIT_RESTART, begin_logging
 from shared.telemetry import get_logger
 from shared.weights import TensorSpec
+from shared.weights.publisher import Publisher
 
 
 def run(told: bytes) -> NoReturn:
@@ -69,6 +73,11 @@ def run(told: bytes) -> NoReturn:
         assert isinstance(message, MeshFormed | MeshFailed)
         channel.answer(Told(start.rank, message))
 
+    def tell_of_weights(message: AnyMessage) -> None:
+        assert isinstance(message, WeightsSent | WeightsFailed)
+        if isinstance(message, WeightsFailed):  # that they were sent is rank 0's to say
+            channel.answer(Told(start.rank, MeshFailed(message.epoch, message.cause)))
+
     member = MeshMember(start.replica, client.incarnation, start.rank)
     meshes = MeshMembership(member, client.request, tell, **bounds(recipe))
     orders = Orders(channel, meshes)
@@ -77,7 +86,8 @@ def run(told: bytes) -> NoReturn:
     store = store_at(start.store, start.world)
     form_world(start.rank, start.world, store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
     grid = Grid.form(parallel_of(recipe), start.rank, timeouts.step_s)
-    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid, start.far))
+    publisher = Publisher(meshes, tell_of_weights, recipe.weights.bucket_mb * MEGABYTE)
+    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid, start.far), publisher)
     leave_world()
     get_logger().info("this rank ends: rank 0 leaves")
     os._exit(EXIT_DONE)  # rank 0 speaks for the replica: threads and sockets have nothing to hand over
@@ -98,22 +108,29 @@ class Orders:
         self._inbox: queue.SimpleQueue[tuple[int, AnyOrder, list[memoryview]]] = queue.SimpleQueue()
         threading.Thread(target=self._receive, name="inbox", daemon=True).start()
 
-    def obey(self, learner: Learner) -> None:
-        """Carry out orders with this learner until one of them is to leave."""
+    def obey(self, learner: Learner, publisher: Publisher) -> None:
+        """Carry out orders with this learner, and this publisher of its weights, until one of them is to leave."""
         rank = self._channel.rank
         while True:
             number, order, frames = self._inbox.get()
             if isinstance(order, Leave):
                 return
+            total = 0
             try:
-                HANDLERS[type(order)](learner, order, frames)
+                if isinstance(order, Stage):
+                    staged, total = learner.stage(order.position)
+                    publisher.offer(order.position, staged)
+                elif isinstance(order, Send):
+                    publisher.publish(order.weights)
+                else:
+                    HANDLERS[type(order)](learner, order, frames)
             except Exception as error:
                 kind = kind_of(error)
                 get_logger().error("an order failed", order=type(order).__name__, exc_info=error)
                 cause = str(error) if kind != "restart" else f"{type(error).__name__}: {error}"
                 self._channel.answer(Failed(rank, number, kind, cause))
             else:
-                self._channel.answer(Done(rank, number, learner.trainer is not None))
+                self._channel.answer(Done(rank, number, learner.trainer is not None, total))
 
     def _receive(self) -> None:
         """Inbox thread: groups are formed and left while a step is computed, all else waits its turn."""
@@ -150,7 +167,7 @@ def _abort(learner: Learner, order: Abort, _frames: list[memoryview]) -> None:
 
 def _gather(learner: Learner, order: Gather, _frames: list[memoryview]) -> None:
     manifest = msgspec.msgpack.decode(order.manifest, type=list[TensorSpec])
-    learner.gather(order.position, order.what, manifest, order.path)
+    learner.gather(order.position, manifest, order.path)
 
 
 def _take(learner: Learner, order: Take, _frames: list[memoryview]) -> None:

@@ -1,8 +1,9 @@
-"""Gradients meshes of replicas with several ranks: one group for each rank, of that rank of every replica.
+"""Meshes of replicas with several ranks. Rank 0 passes on what the controller issues.
 
-The controller issues one identity, whose members are the ranks 0, and rank 0 passes it on; rank n derives from it the
-identity of its own group. Invariant: the controller hears `MeshFormed` once all ranks of this replica stand, and the
-first failure of any of them, which ends the epoch on all.
+A gradients mesh is one group for each rank, of that rank of every replica: the members of the identity are the ranks 0,
+and rank n derives from it the identity of its own group. A weights mesh is one group, of all ranks of the source and
+its receiver; a state mesh is of the ranks 0 alone. Invariant: the controller hears `MeshFormed` once all ranks of this
+replica that take part stand, and the first failure of any of them, which ends the epoch on all.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def bounds(recipe: Recipe) -> Bounds:
 
 
 def of_rank(message: FormMesh, rank: int) -> FormMesh:
-    """The group of this rank, as the issued one is that of rank 0: the same replicas, and an id of its own."""
+    """What this rank is to form: of a gradients mesh the same replicas, with an id of its own."""
     issued = message.identity
+    if issued.purpose != "gradients":
+        return message
     members = [MeshMember(member.replica, member.incarnation, rank) for member in issued.members]
     if issued.backend == "nccl":
         unique_id = issued.further_ids[rank - 1]
@@ -64,7 +67,7 @@ class Telling(Protocol):
 
 
 class ReplicaMeshes(MeshMembership):
-    """Rank 0's meshes; a gradients mesh of it is one of all `world` ranks of the replica."""
+    """Rank 0's meshes; one of gradients or weights is of all `world` ranks of the replica."""
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ReplicaMeshes(MeshMembership):
 
     def form(self, message: FormMesh) -> None:
         """Build the groups of all ranks. Idempotent: asked again, all say again what they have."""
-        if message.identity.purpose == "gradients":
+        if message.identity.purpose != "state":
             with self._counting:
                 self._standing[message.identity.epoch] = set()
             self._crew.tell(Form(message))

@@ -19,6 +19,7 @@ from shared.messages import (
     MeshFormed,
     Position,
     RevokeMesh,
+    SendWeights,
     TrainStep,
 )
 
@@ -107,16 +108,27 @@ class Abort(Order, frozen=True):
 
 
 class Gather(Order, frozen=True):
-    """`Learner.gather`: put this rank's parts of what the replica holds into memory that rank 0 shares by `path`.
+    """`Learner.gather`: put this rank's parts of the replica's state into memory that rank 0 shares by `path`.
 
     `manifest`, of that memory, is a list of TensorSpec as msgpack. Far ranks send theirs.
     """
 
     position: Position
-    what: Literal["weights", "state"]
     manifest: bytes
     path: str
     patience = "load_s"
+
+
+class Stage(Order, frozen=True):
+    """`Learner.stage`: have a copy of what this rank owns of the weights; the answer's `total` is of that."""
+
+    position: Position
+
+
+class Send(Order, frozen=True):
+    """`Publisher.publish`: send the copy of that position, beside whatever comes next. A failure comes as `Told`."""
+
+    weights: SendWeights
 
 
 class Take(Order, frozen=True):
@@ -132,7 +144,7 @@ class Take(Order, frozen=True):
 
 
 class Form(Order, frozen=True):
-    """Build this rank's own group of a gradients mesh. Answered by `Told`."""
+    """Build this rank's own group of a gradients mesh, or its part of a weights mesh. Answered by `Told`."""
 
     mesh: FormMesh
 
@@ -147,7 +159,7 @@ class Leave(Order, frozen=True):
     """End this process. Answered by its end."""
 
 
-AnyOrder = Load | Forget | Train | Commit | Abort | Gather | Take | Form | Revoke | Leave
+AnyOrder = Load | Forget | Train | Commit | Abort | Gather | Stage | Send | Take | Form | Revoke | Leave
 
 
 class Numbered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,10 +185,11 @@ class Here(Answer, frozen=True):
 
 
 class Done(Answer, frozen=True):
-    """The order was carried out. `holds`: of `Load`, whether the state is held now."""
+    """The order was carried out. `holds`: whether a state is held now. `total`: of `Stage`, its part of the digest."""
 
     number: int
     holds: bool
+    total: int = 0
 
 
 class Failed(Answer, frozen=True):

@@ -1,4 +1,4 @@
-"""Parts of weights and states that travel between rank 0 and a far rank, one tensor after the other.
+"""Parts of states that travel between rank 0 and a far rank, one tensor after the other.
 
 Ranks of rank 0's node write into its memory, and read it; the others send, and are sent, what they would have written
 or read. Both sides go through the names in alphabetical order, and know from the layout whose part is which.
@@ -13,25 +13,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.policy.layouts.compose import Layout
-from services.policy.state import RANDOM, Whole, parameter_of, parts_of
+from services.policy.state import RANDOM, parameter_of, tensors_of
 from services.policy.trainer import Trainer
 from shared.weights import TensorSpec
 from shared.weights.slices import Box
 
 
-def give(trainer: Trainer, what: Whole) -> None:
-    """On a far rank: send rank 0 what this one owns of the replica's weights or state."""
+def give(trainer: Trainer) -> None:
+    """On a far rank: send rank 0 what this one owns of the replica's state."""
     layout = trainer.layout
-    parts = parts_of(trainer, what)
+    parts = tensors_of(trainer)
     for name in sorted(parts.keys() - {RANDOM}):
-        if layout.owned(parameter_of(name, what), layout.grid.rank) is not None:
+        if layout.owned(parameter_of(name), layout.grid.rank) is not None:
             dist.send(_raw(parts[name]), 0)
 
 
-def collect(layout: Layout, what: Whole, rank: int, targets: Mapping[str, Tensor]) -> None:
+def collect(layout: Layout, rank: int, targets: Mapping[str, Tensor]) -> None:
     """On rank 0: put what a far rank gives into whole tensors."""
     for name in sorted(targets.keys() - {RANDOM}):
-        box = layout.owned(parameter_of(name, what), rank)
+        box = layout.owned(parameter_of(name), rank)
         if box is not None:
             whole = targets[name]
             part = torch.empty(box.shape, dtype=whole.dtype)

@@ -10,8 +10,8 @@ import torch
 from shared.engines.base import EngineError
 from shared.engines.quantization import quantize_dequantize, quantized_weights
 from shared.engines.transformers import TransformersEngine
-from shared.weights import stage
 from tests.engines.families import ask, forward_logprobs, prompt, run, tiny
+from tests.staged import stage
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E4M3 = sorted({abs(float(it)) for it in torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn) if it == it})

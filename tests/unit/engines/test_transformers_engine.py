@@ -8,7 +8,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from shared.engines.base import EngineError
 from shared.engines.transformers import TransformersEngine
-from shared.weights import stage
 from tests.engines.families import (
     CONTEXT,
     FAMILIES,
@@ -24,6 +23,7 @@ from tests.engines.families import (
     run,
     tiny,
 )
+from tests.staged import stage
 
 LENGTHS = (3, 17, 9, 30, 1)
 

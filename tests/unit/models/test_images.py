@@ -15,8 +15,9 @@ from shared.engines.checkpoint import checkpoint_tensors
 from shared.engines.folder import write_folder
 from shared.models import ImageError, ModelError, load_images, load_model, load_skeleton, load_tokenizer
 from shared.models.images import ImageReader
-from shared.weights import load_into, manifest_of, stage
+from shared.weights import load_into, manifest_of
 from tests.engines.families import IMAGE, image, image_prompt, reader, tiny, tokenizer
+from tests.staged import stage
 
 MODEL = tiny("qwen2_5_vl")
 

@@ -11,7 +11,7 @@ import torch
 
 from services.policy import checkpoint
 from services.policy.peers import Peers
-from services.policy.state import Whole, head_of, manifest_for, restore, state_digest, tensors_of, write
+from services.policy.state import head_of, manifest_for, restore, state_digest, tensors_of, write
 from services.policy.trainer import Trainer
 from shared.messages import (
     CheckState,
@@ -43,10 +43,10 @@ def trained(tools: Any, recipe: Any, steps: int, **named: Any) -> Any:
     return trainer
 
 
-def copy(trainer: Trainer, what: Whole) -> Area:
+def copy(trainer: Trainer) -> Area:
     """What the ranks of a replica put together, here one of one."""
     area = allocate(manifest_for(head_of(trainer), trainer.layout))
-    write(trainer, what, area.tensors)
+    write(trainer, area.tensors)
     return area
 
 

@@ -18,9 +18,10 @@ from shared.messages import (
     WeightsFailed,
     WeightsSent,
 )
-from shared.weights import digest_of, manifest_of, receive_weights, stage
+from shared.weights import digest_of, manifest_of, receive_weights
 from shared.weights.publisher import Publisher
 from shared.weights.staging import named_weights
+from tests.staged import stage
 
 BUCKET = 1 << 12
 

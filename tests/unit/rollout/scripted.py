@@ -37,7 +37,8 @@ from shared.messages import (
 )
 from shared.models import load_model
 from shared.serving.process import open_datasets
-from shared.weights import StagedWeights, manifest_of, receive_weights, send_weights, stage
+from shared.weights import StagedWeights, manifest_of, receive_weights, send_weights
+from tests.staged import stage
 from tests.unit.mesh.threads import Rendezvous
 
 Sent = TypeVar("Sent", bound=Message)

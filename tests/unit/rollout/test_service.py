@@ -38,7 +38,7 @@ from shared.messages import (
 )
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART
 from shared.serving.samples import completion_text
-from shared.weights import stage
+from tests.staged import stage
 from tests.unit.rollout.scripted import Rig
 
 MakeRig = Callable[..., Rig]

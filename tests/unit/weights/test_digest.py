@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.weights.digest import BLOCK, digest_of, hexadecimal, slice_sum
+from shared.weights.digest import BLOCK, box_sum, digest_of, hexadecimal, slice_sum
+from shared.weights.slices import Box
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn]
 
@@ -112,3 +113,19 @@ def test_strides_do_not_count() -> None:
 
 def test_the_digest_is_the_same_for_ever() -> None:
     assert digest_of({"w": torch.arange(100_000, dtype=torch.int32)}) == "75e5bb51eaba2ae0"
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 90), columns=st.integers(1, 4000))
+def test_boxes_of_a_matrix_add_up_to_the_whole(
+    data: st.DataObject, dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    whole = noise(rows * columns, dtype).view(rows, columns)
+    across, down = data.draw(st.integers(1, columns)), data.draw(st.integers(1, rows))
+    total = 0
+    for top, bottom in ((0, down), (down, rows)):
+        for left, right in ((0, across), (across, columns)):
+            if top < bottom and left < right:
+                box = Box((top, left), (bottom, right))
+                total += box_sum("w", whole[top:bottom, left:right], whole.shape, box)
+    assert hexadecimal(total) == digest_of({"w": whole})

@@ -8,7 +8,8 @@ from torch import nn
 
 from shared.config.schema import BuildTable, ModelTable
 from shared.models import load_model
-from shared.weights import TensorSpec, WeightsError, digest_of, load_into, manifest_of, stage
+from shared.weights import TensorSpec, WeightsError, digest_of, load_into, manifest_of
+from tests.staged import stage
 
 
 class Mixed(nn.Module):

@@ -177,7 +177,10 @@ def _fit(turn: Turn, name: str, role: Role) -> Replica | None:
 
 
 def _meet(turn: Turn, source: Replica, receiver: Replica) -> None:
-    """Have the two form a mesh; of those that they stand in idle, the ones used longest ago make room."""
+    """Have the two form a mesh, of all ranks that weights come from and the one that they go to.
+
+    Of the meshes that they stand in idle, the ones used longest ago make room.
+    """
     state = turn.state
     state.weights.publish(_published(turn), state.now)
     for name in (source.name, receiver.name):
@@ -237,9 +240,9 @@ def revoke_mesh(turn: Turn, epoch: int, cause: str, *, failed: bool) -> None:
     if edge is not None:
         _doubt(turn, edge)
         _release(turn, edge)
-    for member in mesh.members:
-        if state.fleet.is_current(member.replica, member.incarnation):
-            turn.send(state.fleet.replicas[member.replica], RevokeMesh(epoch, cause))
+    for name, incarnation in dict.fromkeys((member.replica, member.incarnation) for member in mesh.members):
+        if state.fleet.is_current(name, incarnation):
+            turn.send(state.fleet.replicas[name], RevokeMesh(epoch, cause))
 
 
 def _release(turn: Turn, edge: Edge) -> None:

@@ -21,7 +21,7 @@ from services.policy.trainer import Trainer
 from shared.config import Recipe
 from shared.messages import CommitStep, GradientsReady, TrainStep
 from shared.models import load_model
-from shared.weights.staging import allocate
+from shared.weights.slices import Box
 
 
 def no_mesh(epoch: int) -> None:
@@ -44,9 +44,12 @@ def main() -> None:
         assert isinstance(vote, GradientsReady)
         metrics.append(vote.metrics)
         trainer.apply(CommitStep(step.step, step.attempt, step.position.lineage))
-    area = allocate(layout.manifest)
-    state.write(trainer, "weights", area.tensors)
-    save_file({name: tensor.clone() for name, tensor in area.tensors.items()}, out)
+    staged, _ = state.stage(layout)
+    boxes = layout.shared.owned()[rank]
+    whole = {spec.name: torch.zeros(spec.shape) for spec in layout.manifest}
+    for name, part in staged.tensors.items():
+        whole[name][boxes[name].within(Box.whole(whole[name].shape))] = part
+    save_file(whole, out)
     Path(out + ".json").write_bytes(msgspec.json.encode(metrics))
     leave_world()
 

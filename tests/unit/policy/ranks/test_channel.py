@@ -51,7 +51,7 @@ def test_orders_wait_for_a_member_that_takes_them_later_and_come_in_order(crew: 
         Load(LoadState("peer", AT, "")),
         Commit(CommitStep(3, 1, 1)),
         Abort(3, 1, 1),
-        Gather(AT, "state", b"manifest", "/proc/1/fd/3"),
+        Gather(AT, b"manifest", "/proc/1/fd/3"),
         Forget(),
         Take(b"head", b"manifest", "/proc/1/fd/3"),
     ]

@@ -1,4 +1,4 @@
-"""Gradients meshes of replicas with two ranks: a group for each rank, one word to the controller for all."""
+"""Meshes of replicas with two ranks: one word to the controller for all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import queue
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from services.policy.ranks.meshes import ReplicaMeshes, bounds, of_rank
@@ -113,7 +114,28 @@ def test_a_revoke_reaches_all_ranks(replicas: tuple[Replica, Replica]) -> None:
         assert replica.said.empty()
 
 
-def test_other_meshes_are_of_rank_0_alone(replicas: tuple[Replica, Replica]) -> None:
+def test_a_weights_mesh_is_one_group_of_all_ranks_and_their_receiver(
+    replicas: tuple[Replica, Replica], tools: Any
+) -> None:
+    source, other = replicas
+    identity = issued(2, "weights").identity
+    members = [MeshMember("a", 1, 0), MeshMember("a", 1, 1), MeshMember("b", 1, 0)]
+    message = FormMesh(msgspec.structs.replace(identity, members=members), 20.0)
+    receiver = MeshMembership(other.rank_0._member, other.rank_0._request, other.said.put, **bounds(tools.recipe()))
+    source.rank_0.form(message)
+    receiver.form(message)
+    assert [source.hear(), other.hear()] == [MeshFormed(2)] * 2
+    assert [group.get(2).rank for group in (source.rank_0, source.rank_1, receiver)] == [0, 1, 2]
+    with pytest.raises(MeshError, match="bad luck"), source.rank_1.using(2):
+        raise MeshError("bad luck")
+    assert source.hear() == MeshFailed(2, "rank 1: bad luck")
+    with pytest.raises(MeshError, match="rank 1 failed: bad luck"):
+        source.rank_0.get(2)
+    assert source.said.empty()
+    receiver.close("the test is over")
+
+
+def test_a_state_mesh_is_of_rank_0_alone(replicas: tuple[Replica, Replica]) -> None:
     for replica in replicas:
         replica.rank_0.form(issued(3, "state"))
     assert [replica.hear() for replica in replicas] == [MeshFormed(3)] * 2
