@@ -14,7 +14,6 @@ from deploy.plan.memory.parts import GIB, Phase, ProcessMemory
 from deploy.plan.memory.policy import CONTEXT, INTERPRETER, ITEMSIZE
 from shared.config import Recipe
 from shared.config.schema import Quantization
-from shared.weights.slices import LAYER, Split, split_of
 
 PROMPT = 512
 """Tokens that a prompt is taken to have; nothing in a recipe says it."""
@@ -62,6 +61,8 @@ def engine_weights(shape: ModelShape, itemsize: int, quantization: Quantization 
 
 def _narrow(weight: Weight) -> bool:
     """Embeddings, head, norms, routers and the vision tower keep their type."""
+    from shared.weights.slices import LAYER, Split, split_of
+
     linear = split_of(weight.name, weight.shape) in (Split.COLUMN, Split.ROW, Split.EXPERTS)
     return linear and len(weight.shape) > 1 and LAYER.search(weight.name) is not None
 

@@ -10,10 +10,12 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.config.schema import ModelTable
-from shared.weights.slices import Architecture
+
+if TYPE_CHECKING:
+    from shared.weights.slices import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class ModelShape:
     @property
     def architecture(self) -> Architecture:
         """What cutting the weights has to know."""
+        from shared.weights.slices import Architecture
+
         return Architecture(self.layers, self.heads, self.kv_heads, self.experts, self.tied)
 
     def cache_bytes(self, itemsize: int) -> int:

@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 from deploy.plan.memory.activations import FLOAT32, Line
 from deploy.plan.memory.model import ModelShape
 from deploy.plan.memory.parts import GIB, MIB, Phase, ProcessMemory
 from shared.config import Recipe
-from shared.weights.slices import LAYER, Coordinates, Parallel, held, stage_layers
+
+if TYPE_CHECKING:
+    from shared.weights.slices import Parallel
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 SUMS = 32 * MIB
@@ -60,12 +63,16 @@ def policy_processes(recipe: Recipe, shape: ModelShape, *, gpu: bool) -> list[Pr
 
 def parallel_of(recipe: Recipe) -> Parallel:
     """The axes of [policy.parallel]."""
+    from shared.weights.slices import Parallel
+
     table = recipe.policy.parallel
     return Parallel(table.pp, table.replicate, table.fsdp, table.ep, table.cp, table.tp)
 
 
 def held_by(shape: ModelShape, parallel: Parallel, rank: int) -> Held:
     """What a rank has of the model."""
+    from shared.weights.slices import LAYER, Coordinates, held, stage_layers
+
     architecture, place = shape.architecture, parallel.coordinates(rank)
     uncut = replace(parallel, fsdp=1)
     same = uncut.rank_of(Coordinates(*place._replace(fsdp=0)))

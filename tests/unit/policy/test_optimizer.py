@@ -11,7 +11,7 @@ from torch import nn
 
 from services.policy import checkpoint, optimizer
 from services.policy.optimizer import Optimizer
-from services.policy.state import tensors_of
+from services.policy.state import head_of, tensors_of
 from services.policy.trainer import Trainer
 from shared.config.schema import SftTable
 from shared.messages import CommitStep, Position
@@ -70,7 +70,7 @@ def test_offloaded_state_trains_saves_and_resumes_to_the_same_bits(tools: Any, t
         first = tools.trainer(before)
         train(first, tools, 1e-3)
         folder = tmp_path / str(len(found))
-        path, _ = checkpoint.save(first, tensors_of(first), folder, "run", "recipe", 2)
+        path, _ = checkpoint.save(head_of(first), tensors_of(first), folder, "run", "recipe", 2)
         second = tools.trainer(after)
         checkpoint.load(second, path, Position(0, 2, 2))
         train(second, tools, 4e-3)

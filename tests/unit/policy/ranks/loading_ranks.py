@@ -16,7 +16,7 @@ import torch
 
 from services.policy.layouts.compose import load_layout
 from services.policy.layouts.grid import Grid, parallel_of
-from services.policy.ranks.group import form_world, leave_world
+from services.policy.ranks.group import form_world, leave_world, store_at
 from shared.config import Recipe
 from shared.models import load_model, load_skeleton, stored
 
@@ -57,7 +57,8 @@ def resident(field: str) -> int:
 
 
 def rank(number: int, recipe: Recipe, folder: Path) -> None:
-    form_world(number, recipe.policy.parallel.ranks, str(folder / "store"), interface="lo", timeout_s=60.0)
+    world = recipe.policy.parallel.ranks
+    form_world(number, world, store_at(str(folder / "store"), world), interface="lo", timeout_s=60.0)
     grid = Grid.form(parallel_of(recipe), number, 60.0)
     before = resident("RssAnon")
     layout = load_layout(recipe, grid, weights=True)
