@@ -80,7 +80,9 @@ test-integration: $(STAMP) ## tests with real service processes
 	@$(BUDGETED) $(INTEGRATION_BUDGET) $(PYTEST) -m "not slow and not engines" tests/integration $(ARGS)
 
 test-engines: $(STAMP) env-vllm env-sglang ## every engine, the real one, held to the same contract (ENGINES="vllm" ARGS="-k update")
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(addprefix test-engine-,$(ENGINES))
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(addprefix test-engine-,$(ENGINES)) test-engines-in-runs
+
+test-engines-in-runs:
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m "engines and not slow" tests/integration
 
 test-compose: $(STAMP) ## a run in real containers, with an own Docker daemon and images without a network (root, apt)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +131,14 @@ def measure(recipe: Recipe, folder: Path, steps: int) -> dict[str, int]:
     import numpy as np
 
     from services.policy import checkpoint
+    from services.policy.copies import Copies
     from services.policy.layouts.grid import Grid
     from services.policy.learner import Learner, prepare_torch
-    from services.policy.state import tensors_of
+    from services.policy.state import head_of
     from shared.arrays import pack
     from shared.config import live_values
     from shared.messages import AssignedGroup, CommitStep, GradientsReady, LoadState, Position, TrainStep
-    from shared.weights.staging import Area, allocate
+    from shared.weights import StagedWeights
 
     def no_mesh(epoch: int) -> Any:
         raise RuntimeError(f"expected steps of one member, got one of mesh epoch {epoch}")
@@ -151,7 +152,7 @@ def measure(recipe: Recipe, folder: Path, steps: int) -> dict[str, int]:
         learner.load(LoadState("initial", Position(0, 0, 0), ""))
     trainer = learner.loaded()
     vocabulary = int(trainer.model.config.get_text_config().vocab_size)
-    offered: list[Area] = []
+    offered: list[StagedWeights] = []
     draw = np.random.default_rng(0)
     per_batch = train.mu * train.minibatches
     for number in range(steps * per_batch):
@@ -183,11 +184,10 @@ def measure(recipe: Recipe, folder: Path, steps: int) -> dict[str, int]:
             trainer.apply(CommitStep(step.step, 1, 0))
         if step.index == per_batch - 1:
             with peaks.phase("publishing"):
-                area = allocate(trainer.layout.manifest)
-                learner.gather(trainer.position, "weights", area.tensors)
-                offered[:] = [area]
+                offered[:] = [learner.stage(trainer.position)[0]]
     with peaks.phase("checkpoint"):
-        checkpoint.save(trainer, tensors_of(trainer), folder / "checkpoints", "run", "recipe", 1)
+        whole = Copies(learner, lambda order: nullcontext([])).take(trainer)
+        checkpoint.save(head_of(trainer), whole.tensors, folder / "checkpoints", "run", "recipe", 1)
     return {"base": peaks.base, **peaks.bytes}
 
 

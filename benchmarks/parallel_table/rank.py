@@ -70,7 +70,7 @@ def run(cell: Cell, rank: int, folder: Path) -> None:
         grid = Grid.form(parallel, rank, TIMEOUT_S)
         layout = Layout(tiny(cell.family).eval(), grid, **cell.options)
         loss, norm, gradients, count = measure(layout, cell.family)
-        boxes = {name: layout.box(name) for name in gradients}
+        boxes = {name: layout.box(name, rank) for name in gradients}
         told = {name: json.dumps([box.start, box.stop]) for name, box in boxes.items() if box is not None}
         parts = {name: gradient.contiguous() for name, gradient in gradients.items() if name in told}
         save_file(parts, folder / f"part-{rank}.safetensors", metadata=told)

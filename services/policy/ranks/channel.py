@@ -90,6 +90,7 @@ class CrewChannel:
         """Let nobody else in: all are connected, or shall not be."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = ""
 
     def close(self) -> None:
         """Send nothing more; orders that were not taken are dropped with their members."""

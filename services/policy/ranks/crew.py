@@ -121,7 +121,6 @@ class Crew:
     def form_world(self) -> None:
         """Wait until all members are ranks of the replica, and make the process group with them; RanksError."""
         self.wait_for_all()
-        self._channel.hide()
         interface, timeout_s = self._recipe.weights.interface, self._recipe.timeouts.step_s
         form_world(0, self.world, self._meeting.store(), interface=interface, timeout_s=timeout_s)
         self._obeys = True
@@ -177,6 +176,7 @@ class Crew:
                 f"rank 0 waited {limit_s:g} s (timeouts.{self._patience}) for rank {ranks} to carry out "
                 f"{self._awaited}: no answer came; see its log"
             )
+        self._channel.hide()  # who has answered an order is connected both ways
         for answer in answers:
             if isinstance(answer, Failed):
                 raise MeshError(f"rank {answer.rank}: {answer.cause}")
