@@ -137,12 +137,12 @@ def _rewards(recipe: Recipe) -> str:
 
 def _layout(recipe: Recipe, *, hub: bool) -> str:
     from services.policy.layouts.fit import check_fit
-    from services.policy.layouts.grid import parallel_of
     from shared.models.load import load_config
+    from shared.weights.slices import Parallel
 
     if not hub and _on_hub(recipe):
         return "policy.parallel: not looked at without the model's configuration"
-    check_fit(load_config(recipe.model), parallel_of(recipe))
+    check_fit(load_config(recipe.model), Parallel.of(recipe.policy.parallel))
     return f"policy.parallel: {recipe.policy.parallel.ranks} ranks"
 
 

@@ -24,7 +24,7 @@ from deploy.compose.container import ContainerProcess
 from deploy.compose.docker import docker
 from deploy.container.names import CONTROLLER, Container, container_of
 from deploy.keys import make_keys
-from deploy.local.folder import RunFolderError, keep_recipe
+from deploy.local.folder import KEYS, RunFolderError, keep_keys
 from deploy.local.plan import ReplicaPlan, RunPlan, free_port
 from deploy.local.supervisor import Start
 from deploy.plan import LaunchPlan, Place, Process, launch_plan
@@ -41,8 +41,6 @@ IMAGES = {
     "controller": "controller", "transformers": "policy", "vllm": "rollout-vllm", "sglang": "rollout-sglang",
 }  # fmt: skip
 """The image of each environment of the launch plan."""
-KEYS = "keys"
-"""Where in the run folder keys are made when neither the recipe nor ORRERY_KEYS says where they are."""
 
 
 def check_images(recipe: Recipe) -> None:
@@ -99,8 +97,7 @@ class Project:
             lines = (f"{name}='{value}'\n" for name, value in self._variables().items())
             (self._folder / ENVIRONMENT).write_text("".join(lines), encoding="utf-8")
             if keys_place(self._recipe.bus.keys) is None:  # for whoever asks the controller from this machine
-                bus = self._recipe.bus.model_copy(update={"keys": str(self._keys)})
-                keep_recipe(self._recipe.model_copy(update={"bus": bus}), self._folder)
+                keep_keys(self._recipe, self._folder, self._keys)
             if os.geteuid() == 0:
                 _give(self._folder, but=self._keys)
         except OSError as error:

@@ -6,13 +6,14 @@ import tomllib
 from pathlib import Path
 
 from shared.bus import BusTimeout, ask, keys_place
+from shared.bus.address import TELLS
 from shared.messages import AnyMessage
 
 
 def ask_run(folder: Path, message: AnyMessage, timeout_s: float) -> AnyMessage:
     """What the controller of the run in `folder` answers. As `shared.bus.ask`; BusTimeout if it has no address yet."""
     try:
-        address = (folder / "controller.address").read_text(encoding="utf-8").split()[0]
+        address = (folder / TELLS).read_text(encoding="utf-8").split()[0]
         recipe = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, IndexError) as error:
         raise BusTimeout(f"the controller of {folder.name} has told no address yet: {error}") from None

@@ -18,6 +18,8 @@ from shared.config import Recipe, RecipeError, dump_recipe, load_recipe
 
 _LOCK = "supervisor.pid"
 _LAUNCHER = "launcher"
+KEYS = "keys"
+"""Where in a run folder keys are made when neither the recipe nor ORRERY_KEYS says where they are."""
 CHANGEABLE = (
     "policy.parallel.",
     "policy.nodes",
@@ -90,6 +92,12 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
     partial = folder / "config.toml.partial"
     partial.write_text(dump_recipe(recipe), encoding="utf-8")
     partial.replace(folder / "config.toml")
+
+
+def keep_keys(recipe: Recipe, folder: Path, keys: Path) -> None:
+    """Have the recipe of a run folder say where the run's keys lie, for whoever asks its controller."""
+    bus = recipe.bus.model_copy(update={"keys": str(keys)})
+    keep_recipe(recipe.model_copy(update={"bus": bus}), folder)
 
 
 def _leaves(tree: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -32,12 +32,12 @@ from deploy.slurm import client
 from deploy.slurm.client import SlurmError
 from deploy.slurm.job import Board, SlurmJob
 from deploy.slurm.layout import WARNING_S, job_name, outcome_path, script
-from deploy.slurm.network import address_of
 from services.controller.launch import claim_launch
 from shared.bus import BusError
 from shared.bus.address import TELLS
 from shared.config import Recipe, load_recipe
 from shared.messages import AnyMessage, CheckpointRun
+from shared.network import address_of
 from shared.service import EXIT_FENCED, PARENT_VARIABLE
 from shared.telemetry import configure_logging, get_logger
 

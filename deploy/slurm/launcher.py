@@ -8,15 +8,13 @@ from pathlib import Path
 from deploy.keys import make_keys
 from deploy.local import check_environments
 from deploy.local.environments import SOURCE, python_for
-from deploy.local.folder import RunBusyError, RunFolderError, keep_recipe
+from deploy.local.folder import KEYS, RunBusyError, RunFolderError, keep_keys
 from deploy.plan import CONTROLLER
 from deploy.slurm import client
 from deploy.slurm.client import SlurmError
 from deploy.slurm.layout import WARNING_S, copy_scripts, job_name, outcome_path, script
 from shared.bus import keys_place
 from shared.config import Recipe, RecipeError
-
-KEYS = "keys"
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -95,9 +93,8 @@ def _give_keys(recipe: Recipe, folder: Path) -> None:
     if keys_place(recipe.bus.keys) is not None:
         return
     make_keys(folder / KEYS)
-    bus = recipe.bus.model_copy(update={"keys": str(folder / KEYS)})
     try:
-        keep_recipe(recipe.model_copy(update={"bus": bus}), folder)
+        keep_keys(recipe, folder, folder / KEYS)
     except OSError as error:
         raise RunFolderError(folder, error) from error
 

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from shared.bus.address import TELLS
+
 
 class Outputs:
     """The files of one run folder."""
@@ -37,7 +39,7 @@ class Outputs:
 
     def address(self, address: str, term: int) -> None:
         """Tell where the controller listens, and in which term."""
-        _replace(self._folder / "controller.address", f"{address} {term}\n")
+        _replace(self._folder / TELLS, f"{address} {term}\n")
 
     def _read_keys(self) -> set[tuple[int, int]]:
         """What the file holds; a last line without its end is cut off."""

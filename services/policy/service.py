@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from services.policy.batch import Frame
 from services.policy.copies import Copies
-from services.policy.layouts.grid import Grid, parallel_of
+from services.policy.layouts.grid import Grid
 from services.policy.learner import FATAL, Learner, prepare_torch
 from services.policy.peers import Peers
 from services.policy.ranks.crew import Crew
@@ -91,6 +91,7 @@ from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, Ser
 from shared.telemetry import get_logger
 from shared.weights.digest import hexadecimal
 from shared.weights.publisher import Publisher
+from shared.weights.slices import Parallel
 from shared.weights.staging import Area
 
 RECEIVE_S = 0.25  # how long the inbox thread may sleep before it looks whether the service has ended, or shall leave
@@ -448,7 +449,7 @@ def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
             if recipe.policy.parallel.ranks > 1 and problem is None:
                 crew = together.enter_context(Crew(recipe, arguments.run_folder, client, nodes))
                 crew.form_world()
-                grid = Grid.form(parallel_of(recipe), 0, recipe.timeouts.step_s)
+                grid = Grid.form(Parallel.of(recipe.policy.parallel), 0, recipe.timeouts.step_s)
             service = signals.service = PolicyService(arguments, client, datasets, crew, grid)
             code = service.run() if problem is None else service.give_up(problem)
         if code != EXIT_FENCED:

@@ -69,14 +69,15 @@ def write(trainer: Trainer, targets: Mapping[str, Tensor]) -> None:
 
 def stage(layout: Layout) -> tuple[StagedWeights, int]:
     """A copy of what this rank owns of the weights, and what that adds to their digest."""
-    shared, parts = layout.shared, layout.weights()
-    boxes = shared.owned()[layout.grid.rank]
+    parts = layout.weights()
+    specs = {spec.name: spec for spec in layout.manifest if spec.name in parts}
+    owned = ((name, layout.owned(name, layout.grid.rank)) for name in specs)
+    boxes = {name: box for name, box in owned if box is not None}
     area = allocate([spec_of(name, parts[name]) for name in boxes])
     load_tensors(area.tensors, {name: parts[name] for name in boxes})
-    specs = {spec.name: spec for spec in shared.manifest}
     sums = (box_sum(name, area.tensors[name], specs[name].shape, box) for name, box in boxes.items())
     total = sum(sums) % MODULUS
-    return StagedWeights(area, hexadecimal(total), None if layout.whole else shared), total
+    return StagedWeights(area, hexadecimal(total), None if layout.whole else layout.shared), total
 
 
 def parameter_of(name: str) -> str:

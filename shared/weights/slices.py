@@ -26,6 +26,8 @@ from itertools import product
 from math import prod
 from typing import NamedTuple, Protocol
 
+from shared.config.schema import PolicyParallelTable
+
 COLUMN_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_MODULES = ("o_proj", "down_proj")
 VOCABULARY_MODULES = ("embed_tokens", "lm_head")
@@ -120,6 +122,11 @@ class Parallel:
     ep: int = 1
     cp: int = 1
     tp: int = 1
+
+    @classmethod
+    def of(cls, table: PolicyParallelTable) -> Parallel:
+        """The axes of a recipe's [policy.parallel]."""
+        return cls(*(getattr(table, axis) for axis in Coordinates._fields))
 
     def __post_init__(self) -> None:
         if min(self.sizes) < 1:

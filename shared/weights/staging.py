@@ -66,12 +66,12 @@ class Shared:
             found[rank][name] = box
         return found
 
-    def manifests(self) -> list[list[TensorSpec]]:
-        """By rank, what a staged copy of its boxes holds."""
-        specs = {spec.name: spec for spec in self.manifest}
+    def part(self, boxes: Mapping[str, Box]) -> list[TensorSpec]:
+        """What a staged copy of these boxes holds."""
         return [
-            [TensorSpec(name, specs[name].dtype, list(box.shape)) for name, box in owned.items()]
-            for owned in self.owned()
+            TensorSpec(spec.name, spec.dtype, list(boxes[spec.name].shape))
+            for spec in self.manifest
+            if spec.name in boxes
         ]
 
 

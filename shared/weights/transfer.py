@@ -95,8 +95,8 @@ def receive_weights(manifest: Sequence[TensorSpec], mesh: Mesh, bucket_bytes: in
             mesh.recv(message, SOURCE)
     else:
         shared = Shared(head.manifest, head.layout)
-        for rank, (own, boxes) in enumerate(zip(shared.manifests(), shared.owned(), strict=True)):
-            _receive_part(area, own, boxes, mesh, rank, bucket_bytes)
+        for rank, boxes in enumerate(shared.owned()):
+            _receive_part(area, shared.part(boxes), boxes, mesh, rank, bucket_bytes)
     return StagedWeights(area, digest_of(area.tensors))
 
 

@@ -48,7 +48,9 @@ class Held:
 
 def policy_processes(recipe: Recipe, shape: ModelShape, *, gpu: bool) -> list[ProcessMemory]:
     """Every rank of one policy replica. ValueError for a layout that the model cannot have."""
-    parallel = parallel_of(recipe)
+    from shared.weights.slices import Parallel
+
+    parallel = Parallel.of(recipe.policy.parallel)
     world = parallel.world
     return [
         ProcessMemory(
@@ -59,14 +61,6 @@ def policy_processes(recipe: Recipe, shape: ModelShape, *, gpu: bool) -> list[Pr
         )
         for rank in range(world)
     ]
-
-
-def parallel_of(recipe: Recipe) -> Parallel:
-    """The axes of [policy.parallel]."""
-    from shared.weights.slices import Parallel
-
-    table = recipe.policy.parallel
-    return Parallel(table.pp, table.replicate, table.fsdp, table.ep, table.cp, table.tp)
 
 
 def held_by(shape: ModelShape, parallel: Parallel, rank: int) -> Held:

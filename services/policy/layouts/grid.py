@@ -13,10 +13,9 @@ from itertools import combinations, product
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from shared.config import Recipe
-from shared.weights.slices import Parallel
+from shared.weights.slices import Coordinates, Parallel
 
-AXES = ("pp", "replicate", "fsdp", "ep", "cp", "tp")
+AXES = Coordinates._fields
 """From the one whose neighbours are farthest apart to the one whose ranks follow each other."""
 DATA = ("replicate", "fsdp", "ep")
 """Axes whose ranks compute different samples."""
@@ -92,12 +91,6 @@ class Grid:
     def neighbour(self, step: int) -> int:
         """The rank at the same place of the stage that is `step` stages on."""
         return self.rank + step * (self.parallel.world // self.parallel.pp)
-
-
-def parallel_of(recipe: Recipe) -> Parallel:
-    """The axes of the recipe's [policy.parallel]."""
-    table = recipe.policy.parallel
-    return Parallel(**{axis: getattr(table, axis) for axis in AXES})
 
 
 def _several(parallel: Parallel, axes: Sequence[str]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from services.policy.batch import Frame
-from services.policy.layouts.grid import Grid, parallel_of
+from services.policy.layouts.grid import Grid
 from services.policy.learner import Learner, kind_of, prepare_torch
 from services.policy.ranks.channel import MemberChannel
 from services.policy.ranks.group import form_world, leave_world, store_at
@@ -56,6 +56,7 @@ from shared.service import EXIT_DONE, EXIT_RESTART, begin_logging
 from shared.telemetry import get_logger
 from shared.weights import TensorSpec
 from shared.weights.publisher import Publisher
+from shared.weights.slices import Parallel
 
 
 def run(told: bytes) -> NoReturn:
@@ -85,7 +86,7 @@ def run(told: bytes) -> NoReturn:
     timeouts = recipe.timeouts
     store = store_at(start.store, start.world)
     form_world(start.rank, start.world, store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
-    grid = Grid.form(parallel_of(recipe), start.rank, timeouts.step_s)
+    grid = Grid.form(Parallel.of(recipe.policy.parallel), start.rank, timeouts.step_s)
     publisher = Publisher(meshes, tell_of_weights, recipe.weights.bucket_mb * MEGABYTE)
     orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid, start.far), publisher)
     leave_world()

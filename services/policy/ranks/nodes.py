@@ -6,17 +6,12 @@ are *far*: they share neither memory nor Unix sockets with rank 0.
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import shlex
-import socket
-import struct
 from dataclasses import dataclass
 
 from shared.config import RecipeError
-
-SIOCGIFADDR = 0x8915  # from linux/sockios.h
-INTERFACE_BYTES = 15
+from shared.network import address_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +68,7 @@ class Nodes:
 
 def address_for_nodes(interface: str) -> str:
     """This node's IPv4 address on the interface that nodes reach each other by; RecipeError for one that cannot be."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        name = struct.pack("256s", interface.encode()[:INTERFACE_BYTES])
-        try:
-            found = socket.inet_ntoa(fcntl.ioctl(asked.fileno(), SIOCGIFADDR, name)[20:24])
-        except OSError as error:
-            raise RecipeError(
-                f"weights.interface {interface!r}: expected an interface of this node with an IPv4 address, got "
-                f"{error.strerror}; `ip -4 address` lists them"
-            ) from error
+    found = address_of(interface)
     if ipaddress.ip_address(found).is_loopback:
         raise RecipeError(
             f"weights.interface {interface!r}: expected one that other nodes reach, for the ranks that run there, got "

@@ -16,7 +16,7 @@ from deploy.plan.memory import fit
 from deploy.plan.memory.activations import Line
 from deploy.plan.memory.model import ModelShape, shape_of
 from deploy.plan.memory.parts import GIB, fullest
-from deploy.plan.memory.policy import held_by, parallel_of, policy_processes
+from deploy.plan.memory.policy import held_by, policy_processes
 from deploy.plan.memory.published import PUBLISHED
 from services.policy.batch import Row, TrainSequence
 from services.policy.decoder import text_model
@@ -24,6 +24,7 @@ from services.policy.layouts.compose import Layout
 from shared.config import Recipe, load_recipe
 from shared.config.schema import BuildTable, ModelTable, PolicyParallelTable
 from shared.models import load_model
+from shared.weights.slices import Parallel
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 HARDWARE = re.compile(r"^# Hardware: (\S+) x (\d+): (.+)$", re.MULTILINE)
@@ -127,7 +128,7 @@ def with_policy(**policy: Any) -> Recipe:
 
 
 def test_ranks_of_a_layout_hold_the_model_once(seven: ModelShape) -> None:
-    parallel = parallel_of(with_policy(parallel={"fsdp": 4, "pp": 2}))
+    parallel = Parallel.of(with_policy(parallel={"fsdp": 4, "pp": 2}).policy.parallel)
     held = [held_by(seven, parallel, rank).own for rank in range(parallel.world)]
     assert sum(held) == seven.parameters
 

@@ -173,8 +173,8 @@ def parts_of(model: nn.Module, parallel: Parallel) -> list[StagedWeights]:
     """What each rank of a policy stages, cut out of the whole model."""
     shared = Shared(manifest_of(model), PolicyLayout(architecture_of(model.config), parallel))
     whole, found = named_weights(model), []
-    for boxes, manifest in zip(shared.owned(), shared.manifests(), strict=True):
-        area = allocate(manifest)
+    for boxes in shared.owned():
+        area = allocate(shared.part(boxes))
         for name, box in boxes.items():
             area.tensors[name].copy_(whole[name].detach()[box.within(Box.whole(whole[name].shape))])
         found.append(StagedWeights(area, "", shared))

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from services.policy.layouts.compose import load_layout
-from services.policy.layouts.grid import Grid, parallel_of
+from services.policy.layouts.grid import Grid
 from services.policy.ranks.group import form_world, leave_world, store_at
 from shared.config import Recipe
 from shared.models import load_model, load_skeleton, stored
+from shared.weights.slices import Parallel
 
 
 class Counted:
@@ -59,7 +60,7 @@ def resident(field: str) -> int:
 def rank(number: int, recipe: Recipe, folder: Path) -> None:
     world = recipe.policy.parallel.ranks
     form_world(number, world, store_at(str(folder / "store"), world), interface="lo", timeout_s=60.0)
-    grid = Grid.form(parallel_of(recipe), number, 60.0)
+    grid = Grid.form(Parallel.of(recipe.policy.parallel), number, 60.0)
     before = resident("RssAnon")
     layout = load_layout(recipe, grid, weights=True)
     took = resident("RssAnon") - before

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from services.policy import state
 from services.policy.layouts.compose import layout_of
-from services.policy.layouts.grid import Grid, parallel_of
+from services.policy.layouts.grid import Grid
 from services.policy.ranks.group import form_world, leave_world, store_at
 from services.policy.trainer import Trainer
 from shared.config import Recipe
 from shared.messages import CommitStep, GradientsReady, TrainStep
 from shared.models import load_model
-from shared.weights.slices import Box
+from shared.weights.slices import Box, Parallel
 
 
 def no_mesh(epoch: int) -> None:
@@ -35,7 +35,9 @@ def main() -> None:
     recipe = Recipe.model_validate(told["recipe"])
     world = recipe.policy.parallel.ranks
     form_world(rank, world, store_at(store, world), interface="lo", timeout_s=60.0)
-    layout = layout_of(load_model(recipe.model, 0, weights=True), recipe, Grid.form(parallel_of(recipe), rank, 60.0))
+    layout = layout_of(
+        load_model(recipe.model, 0, weights=True), recipe, Grid.form(Parallel.of(recipe.policy.parallel), rank, 60.0)
+    )
     steps = [(msgspec.convert(step, TrainStep), frames) for step, frames in told["steps"]]
     trainer = Trainer(layout, recipe, steps[0][0].position, no_mesh)  # type: ignore[arg-type]  # never called
     metrics = []

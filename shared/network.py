@@ -1,4 +1,4 @@
-"""This node's address on the network that the nodes share."""
+"""This machine's addresses on the networks that it is part of."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import struct
 from shared.config import RecipeError
 
 _SIOCGIFADDR = 0x8915  # from linux/sockios.h
+_NAME_BYTES = 15
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of a network interface of this node; RecipeError if it has none."""
+    """The IPv4 address of `weights.interface` on this machine; RecipeError if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        asked = struct.pack("256s", interface.encode()[:15])
+        asked = struct.pack("256s", interface.encode()[:_NAME_BYTES])
         try:
             return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, asked)[20:24])
         except OSError as error:
             there = ", ".join(name for _, name in socket.if_nameindex())
             raise RecipeError(
-                f"weights.interface is {interface!r}: expected an interface of {socket.gethostname()} with an IPv4 "
-                f"address, got {error.strerror}; it has: {there}"
+                f"weights.interface {interface!r}: expected an interface of this node, {socket.gethostname()}, with an "
+                f"IPv4 address, got {error.strerror}; it has: {there}"
             ) from None
