@@ -9,7 +9,7 @@ from shared.service import ServiceArguments, run_service
 
 def main(arguments: ServiceArguments) -> int:
     """Load torch only now: a bad recipe is refused, and a launcher that died is noticed, before those seconds."""
-    from services.policy.service import main as run
+    from services.policy.process import main as run
 
     return run(arguments)
 

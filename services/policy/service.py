@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import math
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -28,11 +26,10 @@ from transformers import PreTrainedTokenizerBase
 from services.policy.batch import Frame
 from services.policy.copies import Copies
 from services.policy.layouts.grid import Grid
-from services.policy.learner import FATAL, Learner, prepare_torch
+from services.policy.learner import FATAL, Learner
 from services.policy.peers import Peers
 from services.policy.ranks.crew import Crew
 from services.policy.ranks.meshes import ReplicaMeshes, bounds
-from services.policy.ranks.nodes import Nodes
 from services.policy.ranks.orders import (
     Abort,
     AnyOrder,
@@ -50,10 +47,8 @@ from services.policy.saving import Saver
 from services.policy.sft_rows import SftRows
 from services.policy.state import Head
 from services.policy.trainer import MEGABYTE, Trainer, TrainerError
-from shared.bus import BusClient, BusError, Delivery, Fenced, Refusal
-from shared.config import Recipe
-from shared.data import open_dataset
-from shared.data.dataset import DataError, Dataset
+from shared.bus import BusClient, BusError, Delivery, Fenced
+from shared.data.dataset import Dataset
 from shared.data.unusable import UnusableRows
 from shared.mesh import MeshError
 from shared.mesh.membership import MeshMembership
@@ -86,21 +81,15 @@ from shared.messages import (
     WeightsFailed,
 )
 from shared.models import load_tokenizer
-from shared.nccl.device import own_device
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.telemetry import get_logger
 from shared.weights.digest import hexadecimal
 from shared.weights.publisher import Publisher
-from shared.weights.slices import Parallel
 from shared.weights.staging import Area
 
 RECEIVE_S = 0.25  # how long the inbox thread may sleep before it looks whether the service has ended, or shall leave
 DRAIN_SHARE = 0.5  # of timeouts.exit_s: how long a policy that was asked to leave waits for its Drain
 INBOX = 1024  # deliveries that may wait for the main thread before the bus is held back
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT came before there was a model, or for the second time: leave whatever is under way."""
 
 
 class PolicyService:
@@ -386,89 +375,3 @@ class PolicyService:
         trainer = self._learner.loaded()
         trainer.adopt(position)
         return trainer
-
-
-class _Signals:
-    """SIGTERM and SIGINT: ask the service to leave in good order, or, where that is not to be had, interrupt it."""
-
-    def __init__(self) -> None:
-        self.service: PolicyService | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.service is None or not self.service.leave():
-            raise Stopped
-
-    def ignore(self) -> None:
-        """A further signal must not tear the goodbye."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-
-def main(arguments: ServiceArguments) -> int:
-    """Run one policy process until its exit code is known; see shared.service for what the codes mean."""
-    log = get_logger()
-    signals = _Signals()
-    try:
-        return _serve(arguments, signals)
-    except Fenced as error:
-        log.warning("fenced: a newer process has this replica's name", why=str(error))
-        return EXIT_FENCED
-    except Refusal as error:
-        log.error("the controller does not want this replica", why=str(error))
-        return EXIT_RESTART
-    except RanksError as error:
-        log.error("the ranks of this replica did not come together", why=str(error))
-        return EXIT_RESTART
-    except Stopped:
-        log.info("stopped by a signal")
-        return EXIT_DONE
-
-
-def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
-    recipe = arguments.recipe
-    nodes = Nodes.parse(arguments.nodes, arguments.reach, recipe.policy.parallel.ranks)
-    prepare_torch(recipe)
-    datasets, problem = _open_datasets(recipe)
-    identities = [dataset.identity for dataset in datasets.values()]
-    client = BusClient(
-        arguments.controller,
-        role="policy",
-        replica=arguments.replica,
-        world=recipe.policy.parallel.ranks,
-        settings=recipe.bus,
-        datasets=identities,
-        device=own_device(),
-    )
-    goodbye: str | None = None
-    try:
-        client.start(recipe.timeouts.register_s)
-        with ExitStack() as together:
-            crew = grid = None
-            if recipe.policy.parallel.ranks > 1 and problem is None:
-                crew = together.enter_context(Crew(recipe, arguments.run_folder, client, nodes))
-                crew.form_world()
-                grid = Grid.form(Parallel.of(recipe.policy.parallel), 0, recipe.timeouts.step_s)
-            service = signals.service = PolicyService(arguments, client, datasets, crew, grid)
-            code = service.run() if problem is None else service.give_up(problem)
-        if code != EXIT_FENCED:
-            goodbye = f"this replica ends with code {code}"  # said last: all that was sent before it has arrived
-        return code
-    except Stopped:
-        goodbye = "this replica was stopped by a signal"
-        raise
-    finally:
-        signals.ignore()
-        client.close(goodbye)
-
-
-def _open_datasets(recipe: Recipe) -> tuple[dict[str, Dataset], DataError | None]:
-    """The data set whose rows SFT leases name, or why it cannot be opened: the controller has to hear of that."""
-    if recipe.sft is None:
-        return {}, None
-    name = recipe.sft.dataset
-    try:
-        return {name: open_dataset(name, recipe.data[name])}, None
-    except DataError as error:
-        return {}, error

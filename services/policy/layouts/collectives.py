@@ -1,8 +1,8 @@
 """Collectives that autograd can go back through, each named by what it does forward and, after `_`, backward.
 
 Megatron-LM's f and g (Shoeybi et al., arXiv 1909.08053, fig. 3) are `keep_sum` and `sum_keep`; those along the sequence
-are from Korthikanti et al., arXiv 2205.05198. All of them return their argument
-where an axis has one rank, and are no part of compiled layers.
+are from Korthikanti et al., arXiv 2205.05198. All of them return their argument where an axis has one rank, and are no
+part of compiled layers.
 """
 
 from __future__ import annotations
