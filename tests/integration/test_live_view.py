@@ -92,7 +92,7 @@ def test_a_terminal_shows_a_live_view_and_ctrl_c_stops_with_a_checkpoint_and_a_r
         shown.wait_for(lambda: "rollout-0" in shown.text and "reward" in shown.text, "the live view of RL")
         shown.wait_for(lambda: re.search(r"generate \d+ %", shown.text) is not None, "where time goes")
         assert "Ctrl-C: stop with a checkpoint, twice: kill at once" in shown.text
-        shown.wait_for(lambda: "of 4000 batches" in shown.text and "left" in shown.text, "how far it is")
+        shown.wait_for(lambda: "/4000 batches" in shown.text and "left" in shown.text, "how far it is")
         shown.wait_for(lambda: any(bar in shown.text for bar in "▂▃▅▆"), "a curve")
         os.kill(shown.process.pid, signal.SIGINT)
         shown.wait_for(lambda: "Ctrl-C once more" in shown.text, "what a second Ctrl-C does")
