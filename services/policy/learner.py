@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from services.policy import checkpoint, state
 from services.policy.batch import BatchError
 from services.policy.checkpoint import CheckpointError
+from services.policy.heap import bound_kernels
 from services.policy.layouts.compose import Layout, load_layout
 from services.policy.layouts.grid import Grid
 from services.policy.ranks import parcels
@@ -43,7 +44,8 @@ def kind_of(error: Exception) -> Kind:
 
 
 def prepare_torch(recipe: Recipe) -> None:
-    """Threads, determinism and silence, the same on every rank."""
+    """Threads, determinism, memory and silence, the same on every rank."""
+    bound_kernels()
     torch.set_num_threads(recipe.policy.threads)
     if recipe.run.deterministic:
         torch.use_deterministic_algorithms(True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from services.policy.batch import Frame, rows_of, sequences_of
 from services.policy.correction import Correction, CorrectionSettings, Level
+from services.policy.heap import trim
 from services.policy.layouts.compose import Layout
 from services.policy.losses import GrpoSettings, LossResult, grpo_loss, sft_loss, token_weights
 from services.policy.mismatch import Diagnosis, diagnose, mean_by_engine, names_by_engine, sums_by_engine
@@ -144,6 +145,7 @@ class Trainer:
             )
         step = self._hand.step
         lr = self.optimizer.step(_live(step, "lr"), _live(step, "weight_decay"))
+        trim()
         last = step.index == step.steps_in_batch - 1
         held_now = self.position
         self.position = Position(held_now.lineage, held_now.version + int(last), held_now.step + 1)
@@ -216,6 +218,7 @@ class Trainer:
             return result.loss
 
         self.layout.train(micros, loss, self.optimizer.collect)
+        trim()  # activations are gone; what follows has its own tensors
         gradients = self.optimizer.gradients()
         self.layout.sum_gradients(gradients)
         maxima = {**totals.maxima, MEMORY: peak_memory(self._device)}

@@ -28,17 +28,21 @@ CONTEXT = 3 * GIB // 4
 """A CUDA context with cuBLAS's workspaces: an assumption, as nothing here was measured on a GPU."""
 INTERPRETER = GIB // 2
 """Python with torch and transformers imported."""
-HEAP = 192 * MIB
-"""What glibc's heap keeps of memory that was given back, on a CPU: set after benchmarks/memory_plan.py, not derived."""
+KERNELS = 128 * MIB
+"""What oneDNN keeps, which computes in bfloat16 on a CPU: as many primitives as services/policy/heap.py allows, of 0.2
+to 2 MB, when batches of different shapes have filled the cache. Measured; float32 is left to MKL, which keeps none."""
 SLACK = 0.05
 """Gaps that an allocator leaves, as a share of what comes and goes within a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A rank's weights in elements. `gathered`: as if FSDP did not cut them; `layer`: of the largest layer."""
+    """A rank's weights in elements. `owned`: what it hands on, of what others have too; `gathered`: as if FSDP did not
+    cut them; `layer`: of the largest layer.
+    """
 
     own: int
+    owned: int
     largest: int
     gathered_layer: int
     gathered_rest: int
@@ -65,16 +69,17 @@ def policy_processes(recipe: Recipe, shape: ModelShape, *, gpu: bool) -> list[Pr
 
 def held_by(shape: ModelShape, parallel: Parallel, rank: int) -> Held:
     """What a rank has of the model."""
-    from shared.weights.slices import LAYER, Coordinates, held, stage_layers
+    from shared.weights.slices import LAYER, Coordinates, held, owner, stage_layers
 
     architecture, place = shape.architecture, parallel.coordinates(rank)
     uncut = replace(parallel, fsdp=1)
     same = uncut.rank_of(Coordinates(*place._replace(fsdp=0)))
-    own = largest = rest = head = 0
+    own = owned = largest = rest = head = 0
     layers: Counter[str] = Counter()
     for weight in shape.weights:
         mine, whole = (held(weight, architecture, cut, index) for cut, index in ((parallel, rank), (uncut, same)))
         own += mine.numel if mine is not None else 0
+        owned += mine.numel if mine is not None and owner(weight, architecture, parallel, rank) else 0
         largest = max(largest, mine.numel if mine is not None else 0)
         if whole is None:
             continue
@@ -85,7 +90,7 @@ def held_by(shape: ModelShape, parallel: Parallel, rank: int) -> Held:
             if weight.name.endswith("lm_head.weight") or (shape.tied and weight.name.endswith("embed_tokens.weight")):
                 head = whole.numel
     count = len(stage_layers(shape.layers, parallel.pp, place.pp))
-    return Held(own, largest, max(layers.values(), default=0), rest, head, count)
+    return Held(own, owned, largest, max(layers.values(), default=0), rest, head, count)
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------
@@ -100,24 +105,37 @@ def _device(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) ->
 
 
 def _host(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) -> Iterator[Phase]:
-    """What is beside a GPU: the copies that go out, and the model before it is cut."""
-    whole = shape.parameters * ITEMSIZE[recipe.model.dtype]
+    """What is beside a GPU: the weights as they are read, and the copies that go out."""
+    has = held_by(shape, parallel, rank)
     static = {"Python and libraries": INTERPRETER + CONTEXT}
-    yield Phase("loading", {**static, "model as it is loaded": whole})
-    yield from _copies(recipe, shape, parallel, rank, static)
+    yield Phase("loading", {**static, "weights as they are read": _read(recipe, shape, has)})
+    yield from _copies(recipe, shape, parallel, rank, has, static)
 
 
 def _together(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) -> Iterator[Phase]:
     """A process without a GPU."""
     has = held_by(shape, parallel, rank)
-    whole = shape.parameters * ITEMSIZE[recipe.model.dtype]
-    static = {"Python and libraries": INTERPRETER, "gaps in the heap": HEAP, **_kept(recipe, has)}
-    offered = {"copy for publishing": whole if rank == 0 else 0}
+    itemsize = ITEMSIZE[recipe.model.dtype]
+    interpreter = {"Python and libraries": INTERPRETER}
+    yield Phase(
+        "loading",
+        {**interpreter, "weights": itemsize * has.own, "weights as they are read": _read(recipe, shape, has)},
+    )
+    static = {
+        **interpreter,
+        "compiled kernels": KERNELS if itemsize < FLOAT32 else 0,
+        **_kept(recipe, has),
+    }
+    copies = {"copy for publishing": itemsize * has.owned, "copy for checkpoints": _saved(recipe, shape, rank)}
     gradients = _gradients(recipe, shape, parallel, rank, has, "cpu")
-    yield Phase("loading", {"Python and libraries": INTERPRETER, "model as it is loaded": 2 * whole})
-    yield Phase("gradients", {**static, **offered, **gradients})
-    yield from _after(recipe, has, {**static, **offered}, 2 * FLOAT32 * has.largest)
-    yield from _copies(recipe, shape, parallel, rank, static)
+    yield Phase("gradients", {**static, **copies, **gradients})
+    yield from _after(recipe, has, {**static, **copies}, 2 * FLOAT32 * has.largest)
+    yield from _copies(recipe, shape, parallel, rank, has, static)
+
+
+def _read(recipe: Recipe, shape: ModelShape, has: Held) -> int:
+    """Pages of the files that a rank reads its part from; a model that is drawn from a seed is there whole first."""
+    return ITEMSIZE[recipe.model.dtype] * (has.own if recipe.model.build is None else shape.parameters)
 
 
 def _kept(recipe: Recipe, has: Held) -> dict[str, int]:
@@ -200,18 +218,25 @@ def _bucket(recipe: Recipe, has: Held) -> int:
 
 
 def _copies(
-    recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int, static: dict[str, int]
+    recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int, has: Held, static: dict[str, int]
 ) -> Iterator[Phase]:
-    """Copies of the whole model, which rank 0 makes: the next one to publish beside the last, or the state to save."""
+    """Copies that others read: of the weights, the next beside the last; of the state, one for each who asks."""
+    saved = _saved(recipe, shape, rank)
+    published = ITEMSIZE[recipe.model.dtype] * has.owned
+    yield Phase("publishing", {**static, "copies for publishing": 2 * published, "copy for checkpoints": saved})
+    if recipe.policy.replicas > 1 and rank == 0:
+        copies = {"copy for publishing": published, "copy for checkpoints": saved, "copy for a joiner": saved}
+        yield Phase("state for a joiner", {**static, **copies})
+
+
+def _saved(recipe: Recipe, shape: ModelShape, rank: int) -> int:
+    """The replica's whole state, in memory that rank 0 keeps from the first checkpoint on."""
     if rank != 0:
-        return
+        return 0
     itemsize = ITEMSIZE[recipe.model.dtype]
-    whole = shape.parameters * itemsize
-    yield Phase("publishing", {**static, "copies for publishing": 2 * whole})
-    if parallel.world > 1 or recipe.policy.replicas > 1:  # else a checkpoint is written from the weights themselves
-        state = shape.parameters * ((itemsize + FLOAT32 if itemsize < FLOAT32 else FLOAT32) + 2 * FLOAT32)
-        state += whole if recipe.train is not None else 0
-        yield Phase("checkpoint", {**static, "copy for publishing": whole, "copy of the state": state})
+    masters = FLOAT32 if itemsize < FLOAT32 else 0
+    reference = itemsize if recipe.train is not None else 0
+    return shape.parameters * (itemsize + masters + 2 * FLOAT32 + reference)
 
 
 def line_tokens(recipe: Recipe) -> int:
