@@ -133,6 +133,26 @@ def test_ranks_of_a_layout_hold_the_model_once(seven: ModelShape) -> None:
     assert sum(held) == seven.parameters
 
 
+def test_what_ranks_hand_on_is_the_model_once_though_several_hold_the_same(seven: ModelShape) -> None:
+    parallel = Parallel.of(with_policy(parallel={"fsdp": 2, "cp": 2, "tp": 2}).policy.parallel)
+    held = [held_by(seven, parallel, rank) for rank in range(parallel.world)]
+    assert sum(each.owned for each in held) == seven.parameters < sum(each.own for each in held)
+
+
+@pytest.mark.parametrize(("replicas", "copies"), [(1, 1), (2, 2)])
+def test_rank_0_keeps_the_state_that_was_saved_last_and_one_for_a_joiner(
+    seven: ModelShape, replicas: int, copies: int
+) -> None:
+    first, *others = policy_processes(with_policy(parallel={"fsdp": 2}, replicas=replicas), seven, gpu=True)
+    saved = {
+        part: size
+        for part, size in first.host[-1].parts.items()
+        if part in ("copy for checkpoints", "copy for a joiner")
+    }
+    assert saved and set(saved.values()) == {16 * seven.parameters} and len(saved) == copies
+    assert all(not phase.parts.get("copy for checkpoints") for other in others for phase in other.host)
+
+
 @pytest.mark.parametrize("axis", ["fsdp", "tp", "pp"])
 def test_every_axis_that_cuts_weights_frees_memory(seven: ModelShape, axis: str) -> None:
     alone, shared = (
