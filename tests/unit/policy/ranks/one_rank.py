@@ -8,13 +8,11 @@ metrics of each step.
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from pretended import pretended
 from safetensors.torch import save_file
 
 from services.policy import checkpoint, state
@@ -37,8 +35,13 @@ def main() -> None:
     rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     told = msgspec.msgpack.decode(sys.stdin.buffer.read())
     torch.set_num_threads(1)
-    with pretended() if told["apart"] else nullcontext(CPU) as device:
-        work(rank, store, out, told, device)
+    if told["apart"]:
+        from pretended import pretended
+
+        with pretended() as device:
+            work(rank, store, out, told, device)
+    else:
+        work(rank, store, out, told, CPU)
 
 
 def work(rank: int, store: str, out: str, told: dict[str, Any], device: torch.device) -> None:

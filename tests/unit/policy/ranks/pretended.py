@@ -1,8 +1,8 @@
 """A pretended accelerator, for machines without one: whatever meets a tensor that was left on the CPU is refused.
 
-Tensors on it are computed by the CPU, so that what depends on values (`.item()`, `.nonzero()`) works; but, as on a GPU,
-they meet tensors on the CPU in copies alone (or such of one value), and `.numpy()` does not take them. What it cannot
-show is whatever a GPU does in its own way: streams, kernels, numbers.
+Tensors on it are computed by the CPU, so that what depends on values (`.item()`, `.nonzero()`) works; but, as on a
+GPU, they meet tensors on the CPU only in what is MIXED, or such of one value, and `.numpy()` does not take them. What
+it cannot show is whatever a GPU does in its own way: streams, kernels, numbers.
 
 Torch knows one such device a process, and from then on takes it for the accelerator: for processes of their own.
 """
@@ -15,20 +15,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 DEVICE = "pretended:0"
+MIXED = ("aten::copy_", "aten::index.", "aten::index_put")
+"""What a GPU does with tensors on both sides: copies, and looking up by places that are on the CPU."""
 
 
 @contextmanager
 def pretended() -> Iterator[torch.device]:
     """The device, which is there within."""
-    _setup_privateuseone_for_python_backend("pretended")
+    _setup_privateuseone_for_python_backend("pretended", backend_module=_Streams())
+    # a tensor here has no storage of its own that FSDP could give back and take again
+    for name in ("free_storage", "alloc_storage"):
+        setattr(_fsdp_param, name, lambda _tensor: None)
     with _Made(), _Computed():
         yield torch.device(DEVICE)
+
+
+class _Streams(_DummyBackendModule):
+    """What FSDP asks its device for: streams as the CPU has them, which are none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
 
 
 class Apart(Tensor):
@@ -82,7 +95,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     name = func.name()
     comes_back = name == "aten::_local_scalar_dense" or ("device" in kwargs and not _is_apart(kwargs["device"]))
-    if apart and name != "aten::copy_" and any(each.dim() for each in given if not isinstance(each, Apart)):
+    left = any(each.dim() for each in given if not isinstance(each, Apart))
+    if apart and left and not name.startswith(MIXED):
         where = ", ".join(f"{list(each.shape)} on {each.device}" for each in given)
         raise RuntimeError(f"{name}: expected all tensors on one device, got {where}")
     if name == "aten::histc" and not apart[0].is_floating_point():  # GPUs count integers, the CPU does not

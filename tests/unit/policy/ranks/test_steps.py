@@ -19,6 +19,8 @@ from services.policy.speed import of_the_machine
 from shared.messages import CommitStep, Position
 
 SCRIPT = str(Path(__file__).with_name("one_rank.py"))
+PATIENCE_S = 150.0
+"""For steps of a moment, in processes that import for most of it; the machine may be busy with other things."""
 
 
 MODEL = {"hidden_size": 16, "intermediate_size": 32, "layers": 2, "heads": 2, "head_dim": 8, "context": 64}
@@ -43,8 +45,9 @@ def test_ranks_hold_the_weights_and_metrics_of_one_process(
         ("qwen3", {"tp": 2, "sequence": True}),
         ("qwen3", {"pp": 2, "cp": 2}),
         ("qwen3_moe", {"ep": 2}),
+        ("qwen3", {"fsdp": 2}),
     ],
-    ids=["alone", "tensors", "stages and context", "experts"],
+    ids=["alone", "tensors", "stages and context", "experts", "shards"],
 )
 def test_a_model_on_a_device_apart_never_meets_a_tensor_that_was_left_on_the_cpu(
     tools: Any, tmp_path: Path, family: str, layout: dict[str, Any]
@@ -61,7 +64,7 @@ from pretended import pretended
 with pretended() as device:
     weight = torch.ones(3, device=device)
     assert float((weight * 2.0 + torch.ones(3).to(device)).cpu().sum()) == 9.0
-    for wrong in (lambda: weight + torch.ones(3), lambda: weight.numpy(), lambda: weight[torch.arange(2)]):
+    for wrong in (lambda: weight + torch.ones(3), lambda: weight.numpy(), lambda: torch.stack([weight, torch.ones(3)])):
         try:
             wrong()
         except RuntimeError:
@@ -105,7 +108,7 @@ def compare(
     for step, frames in steps:
         expected.append(alone.compute(step, frames).metrics)
         alone.apply(CommitStep(step.step, step.attempt, 0))
-    assert [process.wait(60) for process in ranks] == [0] * len(ranks)
+    assert [process.wait(PATIENCE_S) for process in ranks] == [0] * len(ranks)
     owned = [load_file(tmp_path / f"{rank}") for rank in range(len(ranks))]
     for name, weight in alone.model.named_parameters():
         whole = torch.stack([part[name] for part in owned]).sum(0)  # each element is some one rank's
