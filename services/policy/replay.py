@@ -25,7 +25,6 @@ import torch
 from services.policy import checkpoint
 from services.policy.batch import BatchError, Frame
 from services.policy.checkpoint import CheckpointError
-from services.policy.device import choose_device
 from services.policy.layouts.compose import load_layout
 from services.policy.speed import of_the_machine
 from services.policy.trainer import Trainer, TrainerError
@@ -129,7 +128,7 @@ def _start(folder: Path, recipe: Recipe, wanted: Position) -> tuple[Trainer, str
     """A trainer at the newest state from which the step can be reached."""
     found = checkpoint.newest(folder / "checkpoints", at_most=wanted)
     torch.manual_seed(recipe.run.seed)
-    layout = load_layout(recipe, device=choose_device(recipe, 1), weights=found is None)
+    layout = load_layout(recipe, weights=found is None)
     if found is None:
         return Trainer(layout, recipe, Position(wanted.lineage, 0, 0), _no_mesh), "the recipe's first weights"
     held = checkpoint.read_state(found).position
