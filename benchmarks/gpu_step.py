@@ -77,10 +77,10 @@ class Step:
     def __init__(self, given: argparse.Namespace) -> None:
         self.device = torch.device(given.device)
         self.config = Qwen3Config(**SHAPE | {"num_hidden_layers": given.layers})
-        model = build_model(self.config, 0, torch.bfloat16, "sdpa").to(self.device)
+        model = build_model(self.config, 0, torch.bfloat16, "sdpa")
         self.matrices = matrices_of(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.layout = Layout(model, checkpointing=given.checkpointing)
+        self.layout = Layout(model, checkpointing=given.checkpointing, device=self.device)
         table = SftTable(dataset="none", batches=1, batch_size=1, lr=1e-6)
         self.optimizer = Optimizer(self.layout.parameters().items(), table)
         self.rows = rows_of(given.rows, given.length, self.config.vocab_size)

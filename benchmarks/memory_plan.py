@@ -132,6 +132,7 @@ def measure(recipe: Recipe, folder: Path, steps: int) -> dict[str, int]:
 
     from services.policy import checkpoint
     from services.policy.copies import Copies
+    from services.policy.device import CPU
     from services.policy.layouts.grid import Grid
     from services.policy.learner import Learner, prepare_torch
     from services.policy.state import head_of
@@ -145,7 +146,7 @@ def measure(recipe: Recipe, folder: Path, steps: int) -> dict[str, int]:
 
     train = recipe.train
     assert train is not None
-    prepare_torch(recipe)
+    prepare_torch(recipe, CPU)
     peaks = Peaks()
     learner = Learner(recipe, folder, no_mesh, Grid.alone())
     with peaks.phase("loading"):

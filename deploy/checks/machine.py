@@ -126,7 +126,7 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("note", "GPU", f"nvidia-smi fails: {error}", "check the driver")
         return
     for line in told.strip().splitlines():
-        yield Finding("ok", "GPU", f"{line} (services use CPUs for now)")
+        yield Finding("ok", "GPU", f"{line} (for policies, vLLM and SGLang)")
 
 
 def _nccl() -> Iterator[Finding]:

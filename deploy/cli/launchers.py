@@ -26,9 +26,10 @@ def check(launcher: Launcher, recipe: Recipe) -> None:
         raise RecipeError(f"policy.nodes is {recipe.policy.nodes}: a cluster has several; use --launcher slurm")
     match launcher:
         case Launcher.local:
-            from deploy.local import check_environments
+            from deploy.local import check_environments, check_gpus
 
             check_environments(recipe)
+            check_gpus(recipe)
         case Launcher.slurm:
             from deploy.slurm.launcher import check_recipe
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from deploy.container.names import Container, replica_of
 from deploy.plan import launch_plan
-from shared.config import Recipe, RecipeError, load_recipe
+from shared.config import RecipeError, load_recipe
+from shared.gpus import VISIBLE
 from shared.service import EXIT_RECIPE, EXIT_RESTART
 
 PROJECT_VARIABLE = "ORRERY_PROJECT"
@@ -47,9 +48,9 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(EXIT_RESTART)
     pids = Path(arguments[arguments.index("--run-folder") + 1]) / "pids"
     (pids / replica).write_text(str(os.getpid()), encoding="utf-8")
-    gpus = gpus_of(recipe, replica)
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    plan = launch_plan(recipe)
+    if plan.replica(replica).gpus:  # Compose gives every container of a service the same GPUs, hence all of them
+        os.environ[VISIBLE] = ",".join(map(str, plan.gpus_of(replica)))
     os.execv(sys.executable, [sys.executable, *arguments, "--replica", replica])
 
 
@@ -68,25 +69,6 @@ def own_number(project: str, service: str, lookup: Lookup | None = None, patienc
                 f"got {told.strip() or 'no name'!r}; replicas are started by Compose, on a network that it made"
             )
         time.sleep(0.1)
-
-
-def gpus_of(recipe: Recipe, replica: str) -> list[int]:
-    """The GPUs of a replica: each that the recipe begins with has its own, in the plan's order.
-
-    Compose gives every container of a service the same GPUs, hence all of them. A replica that a scaled run adds takes
-    those after the recipe's, counted within its role.
-    """
-    plan = launch_plan(recipe)
-    first = 0
-    for process in plan.replicas:
-        if process.name == replica:
-            return list(range(first, first + process.gpus))
-        first += process.gpus
-    added = plan.replica(replica)
-    role, _, number = replica.rpartition("-")
-    begun = sum(process.role == role for process in plan.replicas)
-    first += max(0, int(number) - begun) * added.gpus
-    return list(range(first, first + added.gpus))
 
 
 def _name_of_own_address() -> str:

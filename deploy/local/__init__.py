@@ -2,7 +2,7 @@
 
 from deploy.local.environments import check_environments
 from deploy.local.folder import RunBusyError, RunLock, create_run, holder, launcher_of, newest_run, note_launcher
-from deploy.local.plan import plan_run
+from deploy.local.plan import check_gpus, plan_run
 from deploy.local.supervisor import EXIT_INTERRUPTED, Supervisor
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "RunLock",
     "Supervisor",
     "check_environments",
+    "check_gpus",
     "create_run",
     "holder",
     "launcher_of",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.local.environments import SOURCE, python_for
-from deploy.plan import CONTROLLER, Place, Process, launch_plan
-from shared.config import Recipe
+from deploy.plan import CONTROLLER, LaunchPlan, Place, Process, launch_plan
+from shared.config import Recipe, RecipeError
+from shared.gpus import VISIBLE, names
 from shared.service import PARENT_VARIABLE
 
 __all__ = ["CONTROLLER", "ReplicaPlan", "RunPlan", "plan_run", "start_of"]
@@ -44,14 +45,37 @@ def plan_run(recipe: Recipe, run_folder: Path) -> RunPlan:
     bind = _fixed_port(recipe.bus.bind)
     address = bind.replace("//0.0.0.0:", "//127.0.0.1:").replace("//*:", "//127.0.0.1:")
     place = Place(str(run_folder / "config.toml"), str(run_folder), bind, address)
+    plan, gpus = launch_plan(recipe), names()
+
+    def replica(name: str) -> ReplicaPlan:
+        return start_of(plan.replica(name), place, own_gpus(plan, name, gpus))
+
+    return RunPlan(address, start_of(plan.controller, place), replica)
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """RecipeError for a recipe that has to have more GPUs than this machine."""
     plan = launch_plan(recipe)
-    return RunPlan(address, start_of(plan.controller, place), lambda name: start_of(plan.replica(name), place))
+    wanted = {process.name: process.gpus for process in plan.replicas if process.gpus}
+    here = names() if wanted else []
+    if sum(wanted.values()) > len(here):
+        each = ", ".join(f"{count} for {name}" for name, count in wanted.items())
+        raise RecipeError(
+            f'expected {sum(wanted.values())} GPUs on this machine (weights.backend = "nccl": {each}), found '
+            f'{len(here)}; set weights.backend = "auto", with which replicas share what is there, or ask for less'
+        )
 
 
-def start_of(process: Process, place: Place) -> ReplicaPlan:
-    """How a planned process is started by this one, and dies with it."""
+def own_gpus(plan: LaunchPlan, name: str, here: Sequence[str]) -> Mapping[str, str]:
+    """The variable that leaves a replica its own of the machine's GPUs; where they do not go round, they are shared."""
+    chosen = dict.fromkeys(here[place % len(here)] for place in plan.gpus_of(name)) if here else {}
+    return {VISIBLE: ",".join(chosen)} if chosen else {}
+
+
+def start_of(process: Process, place: Place, more: Mapping[str, str] | None = None) -> ReplicaPlan:
+    """How a planned process is started by this one, and dies with it; `more` is added to its variables."""
     search = os.pathsep.join(part for part in (str(SOURCE), os.environ.get("PYTHONPATH", "")) if part)
-    variables = {PARENT_VARIABLE: str(os.getpid()), "PYTHONPATH": search, **process.variables}
+    variables = {PARENT_VARIABLE: str(os.getpid()), "PYTHONPATH": search, **process.variables, **(more or {})}
     command = (python_for(process.environment), *process.arguments(place))
     return ReplicaPlan(process.name, process.role, command, variables)
 

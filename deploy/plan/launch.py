@@ -34,8 +34,9 @@ class Place:
 class Process:
     """A controller, or rank 0 of a replica, which starts the replica's further ranks itself.
 
-    `ranks` are all that the controller gets to know, `gpus` and `cpus` are for all of them together, and on `nodes`
-    each has the same share of them.
+    `ranks` are all that the controller gets to know; `holders` hold a part of the model, and compute on a GPU each if
+    there is one for them. `gpus` and `cpus` are what has to be there for all of them together, and on `nodes` each has
+    the same share of them.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Process:
     cpus: int
     variables: Mapping[str, str] = field(default_factory=dict)
     nodes: int = 1
+    holders: int = 0
 
     def arguments(self, place: Place) -> tuple[str, ...]:
         """What follows the Python of this process's environment."""
@@ -65,6 +67,21 @@ class LaunchPlan:
     def replica(self, name: str) -> Process:
         """The plan of a replica, given its name: ROLE-NUMBER."""
         return _replica(self.recipe, name)
+
+    def gpus_of(self, name: str) -> range:
+        """The places of a replica's GPUs among all of a machine: each that the recipe begins with has its own.
+
+        A replica that a scaled run adds takes those after the recipe's, counted within its role.
+        """
+        first = 0
+        for process in self.replicas:
+            if process.name == name:
+                return range(first, first + process.holders)
+            first += process.holders
+        added = self.replica(name)
+        number = int(name.rpartition("-")[2])
+        first += max(0, number - sum(process.role == added.role for process in self.replicas)) * added.holders
+        return range(first, first + added.holders)
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -109,13 +126,14 @@ def _replica(recipe: Recipe, name: str) -> Process:
         helpers = recipe.rewards.workers
     gpus = holders if on_gpus(recipe) else 0
     nodes = recipe.policy.nodes if role == "policy" else 1
-    return Process(name, role, environment, ranks, gpus, holders * threads + helpers, _variables(threads), nodes)
+    cpus = holders * threads + helpers
+    return Process(name, role, environment, ranks, gpus, cpus, _variables(threads), nodes, holders)
 
 
 def on_gpus(recipe: Recipe) -> bool:
-    """Whether replicas are given GPUs, one for each rank that holds a part of the model.
+    """Whether there have to be GPUs, one for each rank that holds a part of the model.
 
-    They are where weights travel by NCCL, which wants them; Gloo is the backend of processors.
+    So it is where weights travel by NCCL, which wants them. With other backends ranks take what they find.
     """
     return str(recipe.weights.backend) == "nccl"
 

@@ -259,10 +259,9 @@ def load(trainer: Trainer, path: Path, position: Position) -> None:
     _refuse_foreign(path, layout)
     with safe_open(path / MODEL, "pt") as opened:
         layout.read({name: opened.get_slice(name) for name in layout.weights()})
-    device = next(trainer.model.parameters()).device
     reference = None
     if head.reference is not None:
-        tensors = {name: part.to(device) for name, part in _parts(path / REFERENCE, layout).items()}
+        tensors = {name: part.to(trainer.device) for name, part in _parts(path / REFERENCE, layout).items()}
         reference = Snapshot(head.reference, tensors)
     optimizer = _parts(path / OPTIMIZER, layout, "/") if head.stage is not None else {}
     try:
@@ -271,7 +270,7 @@ def load(trainer: Trainer, path: Path, position: Position) -> None:
         raise CheckpointError(
             path, f"the tensor {error} of optimizer or reference", "none", "use another checkpoint"
         ) from error
-    _restore_random(load_file(path / RANDOM))
+    _restore_random(load_file(path / RANDOM), trainer.device)
 
 
 def _parts(file: Path, layout: Layout, behind: str = "") -> dict[str, Tensor]:
@@ -299,11 +298,10 @@ def _refuse_foreign(path: Path, layout: Layout) -> None:
             )
 
 
-def _restore_random(states: dict[str, Tensor]) -> None:
+def _restore_random(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in states:
-            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
+    if device.type == "cuda" and str(device) in states:
+        torch.cuda.set_rng_state(states[str(device)], device)
 
 
 def _read_manifest(path: Path) -> dict[str, Entry]:

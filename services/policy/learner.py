@@ -6,6 +6,7 @@ another policy's state has come.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from services.policy import checkpoint, state
 from services.policy.batch import BatchError
 from services.policy.checkpoint import CheckpointError
+from services.policy.device import CPU
 from services.policy.heap import bound_kernels
 from services.policy.layouts.compose import Layout, load_layout
 from services.policy.layouts.grid import Grid
@@ -43,19 +45,22 @@ def kind_of(error: Exception) -> Kind:
     return "fatal" if isinstance(error, FATAL) else "restart"
 
 
-def prepare_torch(recipe: Recipe) -> None:
-    """Threads, determinism, memory and silence, the same on every rank."""
+def prepare_torch(recipe: Recipe, device: torch.device) -> None:
+    """Threads, the device, determinism, memory and silence, the same on every rank."""
     bound_kernels()
     torch.set_num_threads(recipe.policy.threads)
     if recipe.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants one size of workspace for it
         torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     disable_progress_bar()  # a service's output is its log
 
 
 class Learner:
     """The layout and trainer of this rank, whose place is `grid`; `meshes` are those of steps with other replicas.
 
-    `far` are the ranks that do not share memory with rank 0.
+    `device` is where it computes; `far` are the ranks that do not share memory with rank 0.
     """
 
     def __init__(
@@ -65,11 +70,12 @@ class Learner:
         meshes: Callable[[int], AbstractContextManager[Mesh]],
         grid: Grid,
         far: Collection[int] = (),
+        device: torch.device = CPU,
     ) -> None:
         self.layout: Layout | None = None
         self.trainer: Trainer | None = None
         self._recipe, self._run_folder = recipe, run_folder
-        self._meshes, self._grid, self._far = meshes, grid, sorted(far)
+        self._meshes, self._grid, self._far, self._device = meshes, grid, sorted(far), device
 
     def load(self, order: LoadState) -> bool:
         """Hold the state that the order names; False, and nothing is held, if it will come from another policy.
@@ -163,7 +169,7 @@ class Learner:
     def _lay_out(self, *, weights: bool) -> Layout:
         self.trainer, self.layout = None, None  # give the memory back first
         torch.manual_seed(self._recipe.run.seed)
-        self.layout = load_layout(self._recipe, self._grid, weights=weights)
+        self.layout = load_layout(self._recipe, self._grid, self._device, weights=weights)
         return self.layout
 
     def _trainer(self, layout: Layout, position: Position) -> Trainer:

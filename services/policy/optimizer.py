@@ -104,7 +104,7 @@ class Optimizer:
             self._state[moment] = {name: self._kept(torch.zeros_like(g), name) for name, g in gradients.items()}
         for names, decayed in self._turns():
             self._step(names, weight_decay if decayed else 0.0)
-        if self._offload and torch.accelerator.is_available():
+        if self._offload and any(weight.device.type != "cpu" for weight in self._weights.values()):
             torch.accelerator.synchronize()  # what went back to the host is there
         self.steps += 1
         self.clear()

@@ -6,6 +6,7 @@ import signal
 from contextlib import ExitStack
 from types import FrameType
 
+from services.policy.device import choose_device
 from services.policy.layouts.grid import Grid
 from services.policy.learner import prepare_torch
 from services.policy.ranks.crew import Crew
@@ -67,7 +68,8 @@ def main(arguments: ServiceArguments) -> int:
 def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
     recipe = arguments.recipe
     nodes = Nodes.parse(arguments.nodes, arguments.reach, recipe.policy.parallel.ranks)
-    prepare_torch(recipe)
+    device = choose_device(recipe, nodes.here_too)
+    prepare_torch(recipe, device)
     datasets, problem = _open_datasets(recipe)
     identities = [dataset.identity for dataset in datasets.values()]
     client = BusClient(
@@ -85,10 +87,10 @@ def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
         with ExitStack() as together:
             crew = grid = None
             if recipe.policy.parallel.ranks > 1 and problem is None:
-                crew = together.enter_context(Crew(recipe, arguments.run_folder, client, nodes))
+                crew = together.enter_context(Crew(recipe, arguments.run_folder, client, nodes, device))
                 crew.form_world()
                 grid = Grid.form(Parallel.of(recipe.policy.parallel), 0, recipe.timeouts.step_s)
-            service = signals.service = PolicyService(arguments, client, datasets, crew, grid)
+            service = signals.service = PolicyService(arguments, client, datasets, crew, grid, device)
             code = service.run() if problem is None else service.give_up(problem)
         if code != EXIT_FENCED:
             goodbye = f"this replica ends with code {code}"  # said last: all that was sent before it has arrived

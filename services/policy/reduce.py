@@ -12,15 +12,12 @@ from torch import Tensor
 
 from shared.mesh import Mesh
 
-CARRIER = torch.device("cpu")
-"""Where meshes take their tensors from."""
-
 
 def reduce_gradients(gradients: Sequence[Tensor], mesh: Mesh, bucket_bytes: int) -> None:
     """Replace each gradient by its sum over all members, in buckets of about `bucket_bytes`; may raise MeshError."""
 
     def over_mesh(flat: Tensor) -> Tensor:
-        carried = flat.to(CARRIER)
+        carried = flat.to(mesh.device)
         mesh.all_reduce(carried)
         return carried
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.policy import checkpoint
 from services.policy.checkpoint import CheckpointError
 from services.policy.export import export
-from services.policy.state import Head, head_of, kinds, manifest_for, random_of_devices
+from services.policy.state import Head, head_of, kinds, manifest_for, random_of_device
 from services.policy.trainer import Trainer
 from shared.config import Recipe, dump_recipe
 from shared.messages import AnyMessage, CheckpointFailed, CheckpointSaved, SaveCheckpoint
@@ -109,7 +109,7 @@ class Saver:
         if self._area is not None and self._area.manifest != manifest_for(head, trainer.layout):
             self._area = None  # given back first
         self._area = self._copy(trainer, self._area)
-        return head, {**self._area.tensors, **random_of_devices()}
+        return head, {**self._area.tensors, **random_of_device(trainer)}
 
     def _write(self, order: SaveCheckpoint, head: Head, whole: Mapping[str, Tensor], exported: Export | None) -> None:
         """The writer's thread."""

@@ -21,10 +21,12 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from services.policy.batch import Frame
 from services.policy.copies import Copies
+from services.policy.device import CPU
 from services.policy.layouts.grid import Grid
 from services.policy.learner import FATAL, Learner
 from services.policy.peers import Peers
@@ -94,7 +96,7 @@ INBOX = 1024  # deliveries that may wait for the main thread before the bus is h
 
 class PolicyService:
     """One policy replica. `datasets` are those that SFT leases may name; `crew` are the other ranks, if it
-    has some, and `grid` this one's place among them."""
+    has some, and `grid` this one's place among them; `device` is where it computes."""
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class PolicyService:
         datasets: dict[str, Dataset],
         crew: Crew | None = None,
         grid: Grid | None = None,
+        device: torch.device = CPU,
     ) -> None:
         recipe = arguments.recipe
         self._recipe = recipe
@@ -117,7 +120,7 @@ class PolicyService:
             self._meshes = meshes
             crew.listen(meshes.hear, self._over)
         far = crew.nodes.far if crew is not None else ()
-        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, grid or Grid.alone(), far)
+        self._learner = Learner(recipe, arguments.run_folder, self._meshes.using, grid or Grid.alone(), far, device)
         self._copies = Copies(self._learner, self._together)
         self._saver = Saver(recipe, arguments.run_folder, self._tell, self._copies.take)
         self._peers = Peers(self._meshes, self._tell, recipe.weights.bucket_mb * MEGABYTE, self._copies.take)

@@ -23,7 +23,7 @@ from shared.weights.digest import MODULUS, box_sum, hexadecimal
 from shared.weights.staging import allocate, load_tensors, spec_of
 
 MODEL, OPTIMIZER, REFERENCE, RANDOM = "model/", "optimizer/", "reference/", "random/cpu"
-RANDOM_DEVICE = "random/cuda:"
+RANDOM_DEVICE = "random/cuda:0"
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,10 +51,10 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     return {**found, RANDOM: torch.get_rng_state()}
 
 
-def random_of_devices() -> dict[str, Tensor]:
-    """The random generators of this rank's GPUs: a checkpoint keeps them too, though no step draws from them."""
-    states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {f"{RANDOM_DEVICE}{index}": state for index, state in enumerate(states)}
+def random_of_device(trainer: Trainer) -> dict[str, Tensor]:
+    """The random generator of this rank's GPU: a checkpoint keeps it too, though no step draws from it."""
+    device = trainer.device
+    return {RANDOM_DEVICE: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
 
 
 def write(trainer: Trainer, targets: Mapping[str, Tensor]) -> None:
@@ -126,12 +126,11 @@ def cut(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def restore(trainer: Trainer, head: Head, parts: Mapping[str, Tensor]) -> None:
     """Put this rank's parts of a state into the trainer, which holds the head's position afterwards."""
     layout = trainer.layout
-    device = next(trainer.model.parameters()).device
     found: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}, REFERENCE: {}}
     for name, part in parts.items():
         kind = name.partition("/")[0] + "/"
         if name != RANDOM:  # parts of the optimizer and the model are copied by whoever takes them
-            found[kind][name.removeprefix(kind)] = part.to(device, copy=True) if kind == REFERENCE else part
+            found[kind][name.removeprefix(kind)] = part.to(trainer.device, copy=True) if kind == REFERENCE else part
     load_tensors(layout.weights(), found[MODEL])
     reference = Snapshot(head.reference, found[REFERENCE]) if head.reference is not None else None
     trainer.restore(head.position, head.stage, head.steps, found[OPTIMIZER], reference)

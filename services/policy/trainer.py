@@ -87,9 +87,9 @@ class Trainer:
         self._meshes = meshes
         self._hand: Hand | None = None
         self._applied: tuple[CommitStep, StepApplied] | None = None
-        self._device = next(self.model.parameters()).device
+        self.device = next(self.model.parameters()).device
         self._width = int(self.model.config.get_text_config().hidden_size)
-        self._peak = peak_flops(self._device, next(self.model.parameters()).dtype)
+        self._peak = peak_flops(self.device, next(self.model.parameters()).dtype)
 
     # --- the state machine ------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Trainer:
         assert self.optimizer is not None
         limit = self.recipe.policy.micro_batch_tokens
         rows = rows_of(sequences_of(step, frames), limit, self._width)
-        micros = [micro.to(self._device) for micro in self.layout.micro_batches(rows, limit)]
+        micros = [micro.to(self.device) for micro in self.layout.micro_batches(rows, limit)]
         self.optimizer.clear()
         totals = _Totals(_metric_names(step, self.recipe, self.reference is not None))
         kl = step.stage == "train" and _grpo_settings(step).kl_weight > 0
@@ -221,7 +221,7 @@ class Trainer:
         trim()  # activations are gone; what follows has its own tensors
         gradients = self.optimizer.gradients()
         self.layout.sum_gradients(gradients)
-        maxima = {**totals.maxima, MEMORY: peak_memory(self._device)}
+        maxima = {**totals.maxima, MEMORY: peak_memory(self.device)}
         sums, maxima = self.layout.sum_metrics(totals.sums, maxima)
         passes = STEP + FORWARD * sum(weights is not None for weights in (before, reference))
         work = work_of(rows, self.model.config, passes, self.layout.grid.parallel.world, self._peak)
@@ -263,7 +263,7 @@ class Trainer:
         if train is None or mismatch <= train.mismatch_warning or step.step < self._next_look:
             return
         self._next_look = step.step + LOOK_AGAIN_STEPS
-        likely = self.cause_of_mismatch(micro.to(self._device))
+        likely = self.cause_of_mismatch(micro.to(self.device))
         get_logger().warning(
             "engine and trainer disagree about the tokens that were drawn",
             step=step.step,

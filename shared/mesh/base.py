@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from shared.messages import MeshIdentity
@@ -23,6 +24,9 @@ class Mesh(ABC):
 
     Tensors are contiguous and are filled in place. Every operation ends within the operation timeout, or raises.
     """
+
+    device = torch.device("cpu")
+    """Where it takes tensors from without a copy of its own."""
 
     def __init__(self, identity: MeshIdentity, rank: int) -> None:
         if not 0 <= rank < len(identity.members):

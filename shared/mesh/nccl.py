@@ -58,9 +58,9 @@ class NcclMesh(Mesh):
             self._library = open_library(find())
         except NcclError as error:
             raise MeshError(f"mesh {identity.epoch} ({identity.purpose}): {error}") from error
-        self._device = torch.device("cuda", device)
+        self.device = torch.device("cuda", device)
         self._using = threading.Lock()
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             self._stream, self._mark = torch.cuda.Stream(), torch.cuda.Event()
             try:
                 self._communicator = Communicator(
@@ -70,7 +70,7 @@ class NcclMesh(Mesh):
                     rank,
                     form_timeout_s,
                     ended,
-                    on_device=lambda: torch.cuda.set_device(self._device),
+                    on_device=lambda: torch.cuda.set_device(self.device),
                 )
             except NcclError as error:
                 raise MeshError(
@@ -125,9 +125,9 @@ class NcclMesh(Mesh):
             raise MeshError(f"mesh {self.identity.epoch} is spent: {spent}; a new one has to be formed")
         if raw.numel() == 0 or self.size == 1:
             return
-        before = torch.cuda.current_stream(self._device)
+        before = torch.cuda.current_stream(self.device)
         try:
-            with self._using, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with self._using, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                 self._stream.wait_stream(before)  # which may still write the tensor
                 self._carry(raw, issue)
         except NcclError as error:
@@ -138,8 +138,8 @@ class NcclMesh(Mesh):
             ) from error
 
     def _carry(self, raw: Tensor, issue: Issue) -> None:
-        staged = raw.device != self._device
-        buffer = torch.empty(min(raw.numel(), CHUNK_BYTES), dtype=torch.uint8, device=self._device) if staged else raw
+        staged = raw.device != self.device
+        buffer = torch.empty(min(raw.numel(), CHUNK_BYTES), dtype=torch.uint8, device=self.device) if staged else raw
         for piece in pieces(raw):
             carried = buffer[: piece.numel()] if staged else piece
             if staged:

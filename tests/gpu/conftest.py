@@ -16,7 +16,7 @@ import pytest
 
 from services.controller.minting import Minted, Minter
 from shared.config.schema import WeightsTable
-from shared.nccl.device import first_gpu
+from shared.gpus import first_gpu
 from shared.nccl.library import NcclError, find, open_library
 
 ROOT = Path(__file__).resolve().parents[2]

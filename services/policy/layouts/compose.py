@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from services.policy.batch import Row
 from services.policy.decoder import Decoder, text_model
+from services.policy.device import CPU
 from services.policy.layouts.compiled import check_compiler, compile_layer
 from services.policy.layouts.data import exchange, local, shard
 from services.policy.layouts.expert import share_experts
@@ -37,7 +38,6 @@ from shared.models.stored import Slice, can_slice, stored_weights
 from shared.weights.slices import Box, Parallel, PolicyLayout, Split, held, is_vision, owner, split_of
 from shared.weights.staging import Shared, manifest_of
 
-CPU = torch.device("cpu")
 SUM_BYTES = 32 << 20
 """About how many bytes of gradients are summed in one go."""
 
@@ -45,8 +45,8 @@ SUM_BYTES = 32 << 20
 class Layout:
     """This rank's part of `model`, which comes whole and is cut in place. ModelError for a mix that it cannot have.
 
-    A model that has no memory yet, since it is on the meta device, gets it on `device` for this rank's part alone; what
-    that holds is `read`.
+    This rank's part alone comes to `device`. A model that has no memory yet, since it is on the meta device, gets it
+    there; what that holds is `read`.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class Layout:
         return max(1, boxes.count(boxes[self.grid.rank]))
 
 
-def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None) -> Layout:
+def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None, device: torch.device = CPU) -> Layout:
     """The layout that the recipe's [policy] asks for, of a model that is whole or without memory."""
     policy = recipe.policy
     if policy.compile:
@@ -304,10 +304,11 @@ def layout_of(model: PreTrainedModel, recipe: Recipe, grid: Grid | None = None) 
         sequence=policy.parallel.sequence,
         checkpointing=policy.gradient_checkpointing,
         compiled=policy.compile,
+        device=device,
     )
 
 
-def load_layout(recipe: Recipe, grid: Grid | None = None, *, weights: bool) -> Layout:
+def load_layout(recipe: Recipe, grid: Grid | None = None, device: torch.device = CPU, *, weights: bool) -> Layout:
     """The model of the recipe in the recipe's layout; `weights` false: its weights have arbitrary values.
 
     Of a model in files each rank reads its part alone. A model that is drawn from a seed, or that only transformers can
@@ -315,10 +316,10 @@ def load_layout(recipe: Recipe, grid: Grid | None = None, *, weights: bool) -> L
     """
     model = recipe.model
     if not can_slice(model):
-        return layout_of(load_model(model, recipe.run.seed, weights=weights), recipe, grid)
+        return layout_of(load_model(model, recipe.run.seed, weights=weights), recipe, grid, device)
     skeleton = load_skeleton(model)
     stored = stored_weights(model, skeleton) if weights else {}
-    layout = layout_of(skeleton, recipe, grid)
+    layout = layout_of(skeleton, recipe, grid, device)
     if weights:
         layout.read(stored)
     return layout

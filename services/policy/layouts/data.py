@@ -20,31 +20,38 @@ def shard(layers: Iterable[nn.Module], decoder: nn.Module, axis: Axis, device: t
     """Keep a part of each weight, gather a layer's when it is computed, and sum gradients over the axis.
 
     Sums are in float32 whatever the weights are. What belongs to no layer is a unit of its own, the decoder's. Weights
-    without memory get it here on `device`, one unit after the other, so that no more than one is ever whole.
+    come to `device` here, one unit after the other, so that no more than one is ever whole there.
     """
     if axis.group is None:
-        give_memory(decoder, device)
+        bring(decoder, device)
         return
     mesh = DeviceMesh.from_group(axis.group, device.type, mesh_dim_names=("fsdp",))
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*layers, decoder):
         # weights of snapshots are copied over the parts, which must not stay gathered: not even the decoder's
-        give_memory(module, device)
+        bring(module, device)
         sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         assert isinstance(sharded, FSDPModule)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
 
 
-def give_memory(module: nn.Module, device: torch.device) -> None:
-    """Memory of arbitrary contents for those weights that have none, on the meta device; values are read into it."""
+def bring(module: nn.Module, device: torch.device) -> None:
+    """Weights and buffers to `device`.
+
+    Weights that have no memory, on the meta device, get some of arbitrary contents; values are read into it.
+    """
 
     def real(parameter: nn.Parameter) -> nn.Parameter:
-        if not parameter.is_meta:
+        if parameter.device == device:
             return parameter
-        return nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+        there = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.detach().to(device)
+        return nn.Parameter(there, requires_grad=parameter.requires_grad)
 
     exchange(module, real)
+    for part in module.modules():
+        for key, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(key, buffer.to(device), key not in part._non_persistent_buffers_set)
 
 
 def exchange(module: nn.Module, new: Callable[[nn.Parameter], nn.Parameter]) -> None:

@@ -60,6 +60,11 @@ class Grid:
                 group = dist.new_group([members[0], members[-1]], timeout=timedelta(seconds=timeout_s))
                 if rank in (members[0], members[-1]):
                     groups["ends",] = group
+        if parallel.pp > 1:
+            for members in _lines(parallel, ("pp",)):
+                group = dist.new_group(members, timeout=timedelta(seconds=timeout_s))
+                if rank in members:
+                    groups["back",] = group
         return cls(parallel, rank, groups)
 
     def axis(self, *names: str) -> Axis:
@@ -70,6 +75,15 @@ class Grid:
             ways = getattr(self.parallel, name)
             size, index = size * ways, index * ways + getattr(self.place, name)
         return Axis(size, index, self._groups[axes] if axes else None)
+
+    @property
+    def back(self) -> ProcessGroup | None:
+        """This rank's pipeline once more, for what goes back.
+
+        NCCL carries what two ranks send each other one after the other, in the order in which each of them asked for
+        it: in one group the two ways would wait for each other.
+        """
+        return self._groups.get(("back",))
 
     @property
     def ends(self) -> ProcessGroup | None:

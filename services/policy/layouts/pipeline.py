@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from services.policy.layouts.grid import Grid
 from services.policy.packing import MicroBatch
@@ -59,9 +60,9 @@ class _Held:
 class _Sending:
     """A tensor on its way to another stage; it must be waited for, since a send that is forgotten is given up."""
 
-    def __init__(self, value: Tensor, to: int) -> None:
+    def __init__(self, value: Tensor, to: int, group: ProcessGroup | None) -> None:
         self._value = value.contiguous()
-        self._work = dist.isend(self._value, dst=to)
+        self._work = dist.isend(self._value, dst=to, group=group)
 
     def wait(self) -> None:
         """Until it has been received."""
@@ -80,6 +81,7 @@ class Pipeline:
     ) -> None:
         self._forward: Forward = forward
         self._grid, self._split = grid, split
+        self._on, self._back = grid.axis("pp").group, grid.back
         self._width, self._dtype, self._device = width, dtype, device
 
     def predict(self, micros: Sequence[MicroBatch]) -> list[Any]:
@@ -109,7 +111,7 @@ class Pipeline:
             collect()
             if returning is not None:
                 returning.wait()
-            returning = _Sending(gradient, self._grid.neighbour(-1)) if gradient is not None else None
+            returning = None if gradient is None else _Sending(gradient, self._grid.neighbour(-1), self._back)
         if returning is not None:
             returning.wait()
 
@@ -128,7 +130,7 @@ class Pipeline:
             held.output.backward()
         else:
             gradient = self._room(micro)
-            dist.recv(gradient, src=self._grid.neighbour(1))
+            dist.recv(gradient, src=self._grid.neighbour(1), group=self._back)
             held.sending.wait()  # which is over: the next stage has computed with it
             held.output.backward(gradient)
         return held.entered.grad if held.entered is not None else None
@@ -137,11 +139,11 @@ class Pipeline:
         if self._grid.first:
             return None
         hidden = self._room(micro)
-        dist.recv(hidden, src=self._grid.neighbour(-1))
+        dist.recv(hidden, src=self._grid.neighbour(-1), group=self._on)
         return hidden
 
     def _send(self, hidden: Any) -> _Sending | None:
-        return None if self._grid.last else _Sending(hidden, self._grid.neighbour(1))
+        return None if self._grid.last else _Sending(hidden, self._grid.neighbour(1), self._on)
 
     def _room(self, micro: MicroBatch) -> Tensor:
         return torch.empty((1, micro.size // self._split, self._width), dtype=self._dtype, device=self._device)

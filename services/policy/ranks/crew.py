@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
 import zmq
 
+from services.policy.device import CPU
 from services.policy.ranks.channel import CrewChannel
 from services.policy.ranks.group import Meeting, form_world, leave_world
 from services.policy.ranks.nodes import Nodes, address_for_nodes
@@ -70,8 +72,8 @@ class _Member:
 class Crew:
     """Ranks 1 to `world` - 1 of this replica. Use it as a context manager, in the main thread.
 
-    `client` is rank 0's, started; `nodes` says where ranks run, all here if it is None; `command` is how a member is
-    started. RecipeError for an interface that the other nodes cannot reach.
+    `client` is rank 0's, started, and `device` where it computes; `nodes` says where ranks run, all here if it is None;
+    `command` is how a member is started. RecipeError for an interface that the other nodes cannot reach.
     """
 
     def __init__(
@@ -80,12 +82,13 @@ class Crew:
         run_folder: Path,
         client: BusClient,
         nodes: Nodes | None = None,
+        device: torch.device = CPU,
         command: Sequence[str] = MEMBER,
     ) -> None:
         self.world = recipe.policy.parallel.ranks
         self._recipe, self._run_folder, self._client = recipe, run_folder, client
         self.nodes = nodes or Nodes.here(self.world)
-        self._command = command
+        self._device, self._command = device, command
         interface = recipe.weights.interface if self.nodes.far else None
         address = address_for_nodes(interface) if interface else None
         self._channel = CrewChannel(interface)
@@ -122,7 +125,8 @@ class Crew:
         """Wait until all members are ranks of the replica, and make the process group with them; RanksError."""
         self.wait_for_all()
         interface, timeout_s = self._recipe.weights.interface, self._recipe.timeouts.step_s
-        form_world(0, self.world, self._meeting.store(), interface=interface, timeout_s=timeout_s)
+        store, device = self._meeting.store(), self._device
+        form_world(0, self.world, store, interface=interface, timeout_s=timeout_s, device=device)
         self._obeys = True
 
     def wait_for_all(self) -> None:
@@ -267,6 +271,7 @@ class Crew:
             meet=self._channel.meet(rank),
             store=self._meeting.path,
             invitation=invitation(self._client, self._recipe.timeouts.register_s),
+            gpu=self.nodes.place(rank) if self._device.type == "cuda" else None,
         )
         # blocked until it ignores them: a signal to the process group is for rank 0 alone
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

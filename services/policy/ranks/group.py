@@ -6,11 +6,16 @@ import os
 import socket
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
+from services.policy.device import CPU
 from services.policy.ranks.orders import RanksError
+from shared.nccl.library import INTERFACE_VARIABLE, exactly
 
 OVER_TCP = "tcp://"
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What carries the tensors of ranks that compute on such a device; what is in the host's memory always goes by Gloo."""
 
 
 class Meeting:
@@ -57,20 +62,31 @@ def store_at(path: str, world: int) -> dist.Store:
         raise RanksError(f"rank 0's store at {path} cannot be reached: {error}") from error
 
 
-def form_world(rank: int, world: int, store: dist.Store, *, interface: str, timeout_s: float) -> None:
+def form_world(
+    rank: int, world: int, store: dist.Store, *, interface: str, timeout_s: float, device: torch.device = CPU
+) -> None:
     """Make torch's default process group, of this replica's ranks; RanksError if they do not meet within `timeout_s`.
 
-    `timeout_s` also bounds every collective.
+    Tensors on GPUs go by NCCL, others by Gloo. `timeout_s` also bounds every collective: one of Gloo raises then, one
+    of NCCL, which a thread of torch watches, ends the process, since what it computes cannot be relied on any more.
     """
     os.environ["GLOO_SOCKET_IFNAME"] = interface
+    os.environ.setdefault(INTERFACE_VARIABLE, exactly(interface))
     timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(BACKENDS[device.type], store=store, rank=rank, world_size=world, timeout=timeout)
     except RuntimeError as error:
         raise RanksError(f"rank {rank} did not meet the {world} ranks of its replica: {error}") from error
 
 
 def leave_world() -> None:
-    """Give up the process group, if there is one; nothing may be under way in it."""
-    if dist.is_initialized():
+    """Give up the process group, if there is one; nothing may be under way in it.
+
+    Of NCCL all ranks of a node would have to do so together, and those that have ended cannot.
+    """
+    if not dist.is_initialized():
+        return
+    if "nccl" in dist.get_backend_config():
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()

@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 import msgspec
 
 from services.policy.batch import Frame
+from services.policy.device import take_device
 from services.policy.layouts.grid import Grid
 from services.policy.learner import Learner, kind_of, prepare_torch
 from services.policy.ranks.channel import MemberChannel
-from services.policy.ranks.group import form_world, leave_world, store_at
+from services.policy.ranks.group import form_world, store_at
 from services.policy.ranks.meshes import bounds, of_rank
 from services.policy.ranks.orders import (
     Abort,
@@ -66,7 +67,8 @@ def run(told: bytes) -> NoReturn:
         threading.Thread(target=_end_with_rank_0, name="lifeline", daemon=True).start()
     begin_logging(Path(start.run_folder), "policy", f"{start.replica}.{start.rank}")
     recipe = Recipe.model_validate(start.recipe)
-    prepare_torch(recipe)
+    device = take_device(start.gpu)
+    prepare_torch(recipe, device)
     client = join(start.invitation, start.rank - 1)
     channel = MemberChannel(start.meet, start.rank)
 
@@ -85,13 +87,13 @@ def run(told: bytes) -> NoReturn:
     channel.answer(Here(start.rank, channel.address))
     timeouts = recipe.timeouts
     store = store_at(start.store, start.world)
-    form_world(start.rank, start.world, store, interface=recipe.weights.interface, timeout_s=timeouts.step_s)
+    interface = recipe.weights.interface
+    form_world(start.rank, start.world, store, interface=interface, timeout_s=timeouts.step_s, device=device)
     grid = Grid.form(Parallel.of(recipe.policy.parallel), start.rank, timeouts.step_s)
     publisher = Publisher(meshes, tell_of_weights, recipe.weights.bucket_mb * MEGABYTE)
-    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid, start.far), publisher)
-    leave_world()
+    orders.obey(Learner(recipe, Path(start.run_folder), meshes.using, grid, start.far, device), publisher)
     get_logger().info("this rank ends: rank 0 leaves")
-    os._exit(EXIT_DONE)  # rank 0 speaks for the replica: threads and sockets have nothing to hand over
+    os._exit(EXIT_DONE)  # rank 0 speaks for the replica: threads, sockets and groups have nothing to hand over
 
 
 def _end_with_rank_0() -> None:

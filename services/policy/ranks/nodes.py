@@ -60,6 +60,15 @@ class Nodes:
         """The ranks of other nodes than rank 0's."""
         return frozenset(rank for rank, name in enumerate(self.names) if name != self.names[0])
 
+    def place(self, rank: int) -> int:
+        """How many ranks of its node are before this one."""
+        return self.names[:rank].count(self.names[rank])
+
+    @property
+    def here_too(self) -> int:
+        """How many ranks are on rank 0's node, itself among them."""
+        return self.names.count(self.names[0])
+
     def there(self, rank: int) -> tuple[str, ...]:
         """What stands before a command so that it runs on the node of this rank."""
         name = self.names[rank]

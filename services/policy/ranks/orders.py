@@ -53,7 +53,8 @@ class Meet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a member is told over its standard input, as a line of JSON.
 
-    `store` is where the ranks' process group finds itself; `far` are the ranks that share no memory with rank 0.
+    `store` is where the ranks' process group finds itself; `far` are the ranks that share no memory with rank 0; `gpu`
+    is the place of the rank's own among those of its node, None for a replica that computes on CPUs.
     """
 
     recipe: dict[str, Any]
@@ -65,6 +66,7 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     meet: Meet
     store: str
     invitation: bytes
+    gpu: int | None = None
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from deploy.compose import docker as docker_module
 from deploy.compose.container import ContainerProcess
 from deploy.compose.docker import DockerError, docker
 from deploy.compose.project import additions, check_images, project_name, reads
-from deploy.container.entry import NamelessError, gpus_of, own_number
+from deploy.container.entry import NamelessError, own_number
 from deploy.container.names import Container, container_of, replica_of
 from deploy.plan import launch_plan
 from shared.config import Recipe, RecipeError
@@ -71,9 +71,9 @@ def test_a_container_that_has_no_number_says_what_it_is_called() -> None:
 def test_each_replica_of_a_recipe_has_gpus_of_its_own_and_added_ones_have_the_next() -> None:
     weights = WeightsTable.model_construct(**{**WeightsTable().model_dump(), "backend": "nccl"})
     on_gpus = recipe(policy={"parallel": {"tp": 2}}, rollout={"replicas": 2}).model_copy(update={"weights": weights})
-    assert [gpus_of(on_gpus, name) for name in ("policy-0", "rollout-0", "rollout-1")] == [[0, 1], [2], [3]]
-    assert [gpus_of(on_gpus, name) for name in ("rollout-2", "rollout-3")] == [[4], [5]]
-    assert gpus_of(recipe(), "policy-0") == []
+    plan = launch_plan(on_gpus)
+    assert [[*plan.gpus_of(name)] for name in ("policy-0", "rollout-0", "rollout-1")] == [[0, 1], [2], [3]]
+    assert [[*plan.gpus_of(name)] for name in ("rollout-2", "rollout-3")] == [[4], [5]]
 
 
 def added(each: Recipe, keys: Path = Path("/keys")) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli.app import app
-from deploy.local.plan import start_of
+from deploy.local.plan import check_gpus, own_gpus, start_of
 from deploy.plan import Place, launch_plan
-from shared.config import Recipe
+from shared.config import Recipe, RecipeError
+from shared.gpus import VISIBLE
 
 BASE = {
     "model": {"build": {}},
@@ -79,3 +80,28 @@ def test_orrery_plan_prints_a_line_for_replicas_that_are_alike(file: Path) -> No
     assert shown.exit_code == 0, shown.output
     assert "rollout-0, rollout-1, rollout-2" in shown.stdout
     assert "in all: 5 processes, 5 ranks, 0 GPUs" in shown.stdout
+
+
+def test_each_replica_here_has_gpus_of_its_own_or_shares_those_that_are_there() -> None:
+    plan = launch_plan(recipe(policy={"parallel": {"fsdp": 2}}, rollout={"replicas": 2}))
+    names = ("policy-0", "rollout-0", "rollout-1")
+    seen = {
+        count: [own_gpus(plan, name, [f"g{n}" for n in range(count)]).get(VISIBLE) for name in names]
+        for count in (0, 1, 2, 4)
+    }
+    assert seen == {
+        0: [None, None, None],
+        1: ["g0", "g0", "g0"],
+        2: ["g0,g1", "g0", "g1"],
+        4: ["g0,g1", "g2", "g3"],
+    }
+
+
+def test_a_machine_with_too_few_gpus_is_refused_with_who_wants_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.local.plan.names", lambda: ["0"])
+    check_gpus(recipe())
+    wants = recipe(weights={"backend": "nccl"}, policy={"parallel": {"fsdp": 2}})
+    with pytest.raises(RecipeError, match="expected 3 GPUs on this machine .*2 for policy-0, 1 for rollout-0.*found 1"):
+        check_gpus(wants)
+    monkeypatch.setattr("deploy.local.plan.names", lambda: ["0", "1", "2"])
+    check_gpus(wants)

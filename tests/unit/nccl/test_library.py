@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from shared.gpus import first_gpu
 from shared.nccl import library as module
 from shared.nccl.communicator import Communicator
-from shared.nccl.device import first_gpu
 from shared.nccl.library import Library, NcclError, exactly, find, preload_in_engines, without_preload
 
 ROOT = Path(__file__).resolve().parents[3]
