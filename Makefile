@@ -86,7 +86,10 @@ test-engines-in-runs:
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m "engines and not slow" tests/integration
 
 test-compose: $(STAMP) ## a run in real containers, with an own Docker daemon and images without a network (root, apt)
-	@$(BUDGETED) $(COMPOSE_BUDGET) $(PYTEST) tests/compose $(ARGS)
+	@$(BUDGETED) $(COMPOSE_BUDGET) $(PYTEST) -m "not engines" tests/compose $(ARGS)
+
+test-compose-engines: $(STAMP) ## the images of vLLM and SGLang likewise, and a run in each (ARGS="-k vllm"; 12 GB of disk)
+	@$(BUDGETED) $(TABLE_BUDGET) $(PYTEST) -m engines tests/compose $(ARGS)
 
 test-engine-%:
 	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,8 +54,18 @@ def prepare_process(threads: int, cache_bytes: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(cache_bytes / GIGABYTE))),
         "OMP_NUM_THREADS": str(threads),
+        **without_compiler(),
     }.items():
         os.environ.setdefault(name, value)
+
+
+def without_compiler() -> dict[str, str]:
+    """What lets vLLM run where it cannot compile: a few of its functions are compiled for CPUs at the first prompt,
+    also in eager mode, and it dies without a C++ compiler. They are then called as they are written."""
+    import torch
+
+    found = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
+    return {} if found else {"TORCH_COMPILE_DISABLE": "1"}
 
 
 class _Meter:
