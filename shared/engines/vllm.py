@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,11 +61,15 @@ def prepare_process(threads: int, cache_bytes: int) -> None:
 
 
 def without_compiler() -> dict[str, str]:
-    """What lets vLLM run where it cannot compile: a few of its functions are compiled for CPUs at the first prompt,
-    also in eager mode, and it dies without a C++ compiler. They are then called as they are written."""
+    """What lets vLLM run where it cannot compile: its functions are then called as they are written.
+
+    On CPUs it compiles a few of them at the first prompt, eager mode or not, and dies without a C++ compiler or without
+    Python's headers.
+    """
     import torch
 
-    found = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
+    compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+    found = torch.cuda.is_available() or (shutil.which(compiler) is not None and headers.exists())
     return {} if found else {"TORCH_COMPILE_DISABLE": "1"}
 
 

@@ -10,18 +10,20 @@ import torch
 from shared.engines.vllm import without_compiler
 
 
-def test_vllm_compiles_where_there_is_a_compiler_and_does_without_where_there_is_none(
+def test_vllm_compiles_where_there_are_a_compiler_and_headers_and_does_without_elsewhere(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path) if name == "include" else name)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     assert without_compiler() == {"TORCH_COMPILE_DISABLE": "1"}
-    for name in ("g++", "other++"):
-        (tmp_path / name).touch(mode=0o755)
-        assert without_compiler() == {}
-        (tmp_path / name).unlink()
-        monkeypatch.setenv("CXX", "other++")
+    (tmp_path / "g++").touch(mode=0o755)
+    assert without_compiler() == {"TORCH_COMPILE_DISABLE": "1"}
+    (tmp_path / "Python.h").touch()
+    assert without_compiler() == {}
+    monkeypatch.setenv("CXX", "other++")
+    assert without_compiler() == {"TORCH_COMPILE_DISABLE": "1"}
 
 
 def test_what_a_gpu_needs_is_never_turned_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
