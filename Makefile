@@ -88,7 +88,7 @@ test-engines-in-runs:
 test-compose: $(STAMP) ## a run in real containers, with an own Docker daemon and images without a network (root, apt)
 	@$(BUDGETED) $(COMPOSE_BUDGET) $(PYTEST) -m "not engines" tests/compose $(ARGS)
 
-test-compose-engines: $(STAMP) ## the images of vLLM and SGLang likewise, and a run in each (ARGS="-k vllm"; 12 GB of disk)
+test-compose-engines: $(STAMP) ## the images of vLLM and SGLang likewise, and a run in each (ARGS="-k vllm"; 8 GB of images)
 	@$(BUDGETED) $(TABLE_BUDGET) $(PYTEST) -m engines tests/compose $(ARGS)
 
 test-engine-%:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def test_the_description_and_the_dockerfile_are_sound(engine: Engine) -> None:
         assert service["user"] == "10001:10001" and service["read_only"] and service["healthcheck"]["test"], name
         devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
         assert bool(devices) == (name != "controller"), name
+    silent = ["docker", "compose", *files, "--profile", "*", "config", "--quiet"]
+    assert run(["sh", "-c", f"{shlex.join(silent)} 2>&1"], engine.environment) == ""
     assert run([str(KEPT / "tools" / "bin" / "hadolint"), str(HERE / "Dockerfile")]) == ""
 
 
@@ -83,6 +86,8 @@ def test_a_run_does_all_its_steps_though_containers_are_killed(
     assert audit.terms == 2
     assert run.incarnations() == {"policy-0": 1, "rollout-0": 1, "rollout-1": 2, "rollout-2": 1}
     assert run.containers() == {}
+    volumes = engine.docker("volume", "ls", "--quiet").split()
+    assert "orrery-huggingface" in volumes and not [name for name in volumes if name.startswith(run.project)]
     told = run.orrery("logs", str(run.folder))
     assert "rollout-1 ended (killed by SIGKILL)" in told and "controller ended (killed by SIGKILL)" in told
 
