@@ -201,6 +201,8 @@ env-vllm: $(VLLM_STAMP) ## vLLM with what a rollout needs, in .venv-vllm (3 GB)
 
 env-sglang: $(SGLANG_STAMP) ## SGLang with what a rollout needs, in .venv-sglang (3 GB)
 
+# what the engines' images are for, as their environments are
+export ORRERY_DEVICE ?= $(if $(HAS_GPU),cuda,cpu)
 IMAGES ?= controller policy $(patsubst %,rollout-%,$(filter-out transformers,$(ENGINE)))
 images: ## build the images of LAUNCHER=compose (IMAGES="controller policy rollout-vllm")
 	@docker compose -f deploy/compose/compose.yaml build $(IMAGES)
