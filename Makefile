@@ -86,7 +86,10 @@ test-engines-in-runs:
 	@$(BUDGETED) $(ENGINE_BUDGET) $(PYTEST) -m "engines and not slow" tests/integration
 
 test-compose: $(STAMP) ## a run in real containers, with an own Docker daemon and images without a network (root, apt)
-	@$(BUDGETED) $(COMPOSE_BUDGET) $(PYTEST) tests/compose $(ARGS)
+	@$(BUDGETED) $(COMPOSE_BUDGET) $(PYTEST) -m "not engines" tests/compose $(ARGS)
+
+test-compose-engines: $(STAMP) ## the images of vLLM and SGLang likewise, and a run in each (ARGS="-k vllm"; 8 GB of images)
+	@$(BUDGETED) $(TABLE_BUDGET) $(PYTEST) -m engines tests/compose $(ARGS)
 
 test-engine-%:
 	@echo "$*"; $(BUDGETED) $(ENGINE_BUDGET) \
@@ -198,6 +201,8 @@ env-vllm: $(VLLM_STAMP) ## vLLM with what a rollout needs, in .venv-vllm (3 GB)
 
 env-sglang: $(SGLANG_STAMP) ## SGLang with what a rollout needs, in .venv-sglang (3 GB)
 
+# what the engines' images are for, as their environments are
+export ORRERY_DEVICE ?= $(if $(HAS_GPU),cuda,cpu)
 IMAGES ?= controller policy $(patsubst %,rollout-%,$(filter-out transformers,$(ENGINE)))
 images: ## build the images of LAUNCHER=compose (IMAGES="controller policy rollout-vllm")
 	@docker compose -f deploy/compose/compose.yaml build $(IMAGES)

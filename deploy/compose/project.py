@@ -35,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT, ADDITIONS = "compose.env", "compose.json"
 ORDINARY_USER = 10001
 """Whoever a run of root's is inside its containers; the images' own user."""
+CACHE = "orrery-huggingface"
+"""The volume of models from the hub, which all runs share."""
 INTERFACE = "eth0"
 """Of a container's one network: what process groups use there, whatever the recipe uses on its own machine."""
 IMAGES = {
@@ -142,6 +144,7 @@ class Project:
         numbers: Counter[str] = Counter()
         for service, number in there | wanted:  # a smaller number than there are would remove some
             numbers[service] = max(numbers[service], number)
+        docker("volume", "create", CACHE)  # stays as it is if it is there
         scales = [part for service, count in sorted(numbers.items()) for part in ("--scale", f"{service}={count}")]
         self._compose("create", "--no-recreate", "--no-build", "--pull", "never", *scales)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,8 +55,22 @@ def prepare_process(threads: int, cache_bytes: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(cache_bytes / GIGABYTE))),
         "OMP_NUM_THREADS": str(threads),
+        **without_compiler(),
     }.items():
         os.environ.setdefault(name, value)
+
+
+def without_compiler() -> dict[str, str]:
+    """What lets vLLM run where it cannot compile: its functions are then called as they are written.
+
+    On CPUs it compiles a few of them at the first prompt, eager mode or not, and dies without a C++ compiler or without
+    Python's headers.
+    """
+    import torch
+
+    compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+    found = torch.cuda.is_available() or (shutil.which(compiler) is not None and headers.exists())
+    return {} if found else {"TORCH_COMPILE_DISABLE": "1"}
 
 
 class _Meter:

@@ -59,6 +59,8 @@ class Engine:
             "DOCKER_BUILDKIT": "1",
             "ORRERY_BASE": BASE,
             "ORRERY_PIP_ARGS": "--no-index",
+            "ORRERY_DEVICE": "cpu",
+            "ORRERY_ENGINE_PACKAGES": "",  # no apt without a network: the base has libnuma, and no compiler
         }
 
     @property
@@ -156,11 +158,12 @@ def make_base() -> None:
         partial.replace(base)
 
 
-def make_wheels() -> None:
-    """`make wheelhouse`, if the lock has changed since."""
-    made, lock = WHEELHOUSE / "made-from.lock", ROOT / "requirements.lock"
+def make_wheels(engine: str = "") -> None:
+    """`make wheelhouse`, with those of an engine if one is named, if the lock has changed since."""
+    lock = ROOT / "deploy" / "environments" / f"{engine}-cpu.lock" if engine else ROOT / "requirements.lock"
+    made = WHEELHOUSE / f"made-from-{lock.name}"
     if not made.exists() or made.read_text() != lock.read_text():
-        run([*MAKE, "wheelhouse"])
+        run([*MAKE, "wheelhouse", f"ENGINE={engine}"])
         shutil.copy(lock, made)
 
 

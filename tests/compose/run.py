@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from deploy.compose.project import project_name
+from deploy.container.names import CONTROLLER, container_of
 from deploy.local.folder import holder
+from shared.config import load_recipe
 from tests.compose.engine import MAKE, ROOT, Engine, run
 from tests.integration.run import Run
 
@@ -23,10 +27,10 @@ class ComposeRun(Run):
         self._engine = engine
         self.project = project_name(folder)
 
-    def up(self, recipe: Path, *sets: str) -> ComposeRun:
+    def up(self, recipe: Path, *sets: str, engine: str = "") -> ComposeRun:
         options = " ".join(f"--set {each}" for each in sets)
         arguments = f"--run-folder {self.folder} {options}"
-        self.begin(*MAKE, "up", "LAUNCHER=compose", f"RECIPE={recipe}", f"ARGS={arguments}")
+        self.begin(*MAKE, "up", "LAUNCHER=compose", f"ENGINE={engine}", f"RECIPE={recipe}", f"ARGS={arguments}")
         return self
 
     def begin(self, *command: str) -> subprocess.Popen[bytes]:
@@ -40,13 +44,38 @@ class ComposeRun(Run):
         return run(command, environment, timeout_s=150)
 
     def container(self, replica: str) -> str:
-        """The container of a replica of the transformers engine, or of the controller."""
-        role, _, number = replica.partition("-")
-        return f"{self.project}-{role}-{int(number or 0) + 1}"
+        """The container of a replica, or of the controller."""
+        if replica == CONTROLLER:
+            return f"{self.project}-{CONTROLLER}-1"
+        service, number = container_of(load_recipe(self.folder / "config.toml"), replica)
+        return f"{self.project}-{service}-{number}"
 
     def docker_kill(self, replica: str) -> None:
         """`docker kill`: SIGKILL to all of the container, which Docker itself does not start again."""
         self._engine.docker("kill", self.container(replica))
+
+    def stranger(self, replica: str, recipe: Path, keys: Path | None) -> str:
+        """A container beside the run's, on their network, which would be that rollout with these keys; its name."""
+        described = json.loads((self.folder / "compose.json").read_text())["services"]["rollout"]
+        command = [*described["command"][3:], "--replica", replica]  # what deploy.container.entry becomes
+        command[command.index("--recipe") + 1] = str(recipe)  # which has no word about keys, as the run's own has
+        seen = [self.folder, recipe, *(volume["source"] for volume in described["volumes"])]
+        options = ["--network", f"{self.project}_default", "--user", "10001:10001", "--tmpfs", "/tmp:exec,mode=1777"]
+        options += [part for path in seen for part in ("--volume", f"{path}:{path}")]
+        if keys is not None:
+            options += ["--volume", f"{keys}:/keys:ro", "--env", "ORRERY_KEYS=/keys"]
+        name = f"stranger-{replica}"
+        self._engine.docker("run", "--detach", "--name", name, *options, "orrery/policy", "python", *command)
+        return name
+
+    def refused(self, kind: str) -> int:
+        """How many connections or messages the controller has refused by that name."""
+        found = re.search(rf"^ +{kind} (\d+)$", self.orrery("status", str(self.folder)), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def left(self) -> list[str]:
+        """Replicas that left of themselves, in order."""
+        return [fact["replica"] for fact in self.facts("gone") if fact["state"] == "left"]
 
     def kill_launcher(self) -> None:
         """SIGKILL to `orrery up` or `resume` alone."""
