@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import ExitStack
-from types import FrameType
 
 from services.policy.device import choose_device
 from services.policy.layouts.grid import Grid
@@ -19,36 +17,15 @@ from shared.data import open_dataset
 from shared.data.dataset import DataError, Dataset
 from shared.nccl.device import own_device
 from shared.service import EXIT_DONE, EXIT_FENCED, EXIT_RESTART, ServiceArguments
+from shared.signals import Signals, Stopped
 from shared.telemetry import get_logger
 from shared.weights.slices import Parallel
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT came before there was a model, or for the second time: leave whatever is under way."""
-
-
-class _Signals:
-    """SIGTERM and SIGINT: ask the service to leave in good order, or, where that is not to be had, interrupt it."""
-
-    def __init__(self) -> None:
-        self.service: PolicyService | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.service is None or not self.service.leave():
-            raise Stopped
-
-    def ignore(self) -> None:
-        """A further signal must not tear the goodbye."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
 
 
 def main(arguments: ServiceArguments) -> int:
     """Run one policy process until its exit code is known; see shared.service for what the codes mean."""
     log = get_logger()
-    signals = _Signals()
+    signals = Signals()
     try:
         return _serve(arguments, signals)
     except Fenced as error:
@@ -65,7 +42,7 @@ def main(arguments: ServiceArguments) -> int:
         return EXIT_DONE
 
 
-def _serve(arguments: ServiceArguments, signals: _Signals) -> int:
+def _serve(arguments: ServiceArguments, signals: Signals) -> int:
     recipe = arguments.recipe
     nodes = Nodes.parse(arguments.nodes, arguments.reach, recipe.policy.parallel.ranks)
     device = choose_device(recipe, nodes.here_too)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from types import FrameType
 from typing import Literal
 
 import torch
@@ -18,34 +16,12 @@ from shared.data.dataset import DataError, Dataset
 from shared.nccl.device import own_device
 from shared.service import EXIT_DONE, EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, ServiceArguments
 from shared.serving.service import EngineService
+from shared.signals import Signals, Stopped
 from shared.telemetry import get_logger
 
 MakeService = Callable[[BusClient], EngineService]
 Workers = Callable[[dict[str, Dataset]], AbstractContextManager[MakeService]]
 """Opens what judges the answers; within the context the service can be made, at its end the workers are closed."""
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT came before the service was up."""
-
-
-class _Signals:
-    """SIGTERM and SIGINT: ask the service to drain, or, a second time, to leave at once; or interrupt its making."""
-
-    def __init__(self) -> None:
-        self.service: EngineService | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.service is None:
-            raise Stopped
-        self.service.stop()
-
-    def ignore(self) -> None:
-        """A second signal must not tear the goodbye, nor the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
 
 
 def run_replica(
@@ -60,7 +36,7 @@ def run_replica(
     `names` are the data sets that leases to this role may name, `threads` those of torch.
     """
     recipe = arguments.recipe
-    signals = _Signals()
+    signals = Signals()
     _prepare_torch(recipe, threads)
     problem: DataError | None = None
     datasets: dict[str, Dataset] = {}

@@ -193,9 +193,10 @@ class EngineService:
         self._receiver = WeightsReceiver(self._meshes, engine.manifest, bucket_bytes)
         self._log.info("engine ready", engine=type(engine).__name__, seconds=_since(started))
 
-    def stop(self) -> None:
+    def leave(self) -> bool:
         """Drain and leave; asked a second time, hand everything over after this turn. Safe in a signal handler."""
         self._stops += 1
+        return True
 
     def turn(self) -> None:
         """One turn of the loop: messages, weights, one decode step, verdicts. Sleeps only if there is nothing to do."""

@@ -10,17 +10,15 @@ import sys
 from typing import NoReturn
 
 from shared.service import begin_process
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""They reach the whole process group; what they mean is rank 0's to decide."""
+from shared.signals import NUMBERS
 
 
 def main() -> NoReturn:
     """Load torch only once this process is tied to rank 0."""
     begin_process()
-    for number in SIGNALS:
+    for number in NUMBERS:  # they reach the whole process group; what they mean is rank 0's to decide
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # rank 0 starts its members with these blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)  # rank 0 starts its members with these blocked
     told = sys.stdin.buffer.readline()
     from services.policy.ranks.member import run
 

@@ -47,6 +47,7 @@ from shared.engines.ranks import invitation
 from shared.mesh import MeshError
 from shared.messages import MeshFailed, MeshFormed, ReplicaFailed
 from shared.service import EXIT_FATAL, EXIT_FENCED, EXIT_RESTART, PARENT_VARIABLE
+from shared.signals import NUMBERS
 from shared.telemetry import get_logger
 
 MEMBER = (sys.executable, "-m", "services.policy.ranks")
@@ -56,7 +57,6 @@ GRACE_S = 1.0
 """What the main thread has to end this process by itself, once the replica is over."""
 LAST_WORDS_S = 2.0
 """What the controller has to acknowledge why."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 Report = Callable[[int, MeshFormed | MeshFailed], None]
 
@@ -274,7 +274,7 @@ class Crew:
             gpu=self.nodes.place(rank) if self._device.type == "cuda" else None,
         )
         # blocked until it ignores them: a signal to the process group is for rank 0 alone
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
         try:
             process = subprocess.Popen(
                 [*self.nodes.there(rank), *self._command, f"{replica}.{rank}"],

@@ -147,8 +147,8 @@ def test_what_waits_for_its_rewards_is_handed_over_whole_and_the_next_replica_on
     first.ready(4)
     first.tell(Lease([first.grant(7)]))
     first.until(lambda: len(first.service._judging) == 1)
-    first.service.stop()
-    first.service.stop()
+    first.service.leave()
+    first.service.leave()
     assert first.service.run() == EXIT_DONE
     handed = returned(first)[7]
     assert handed.partial is not None
@@ -201,8 +201,8 @@ def test_where_samples_are_of_one_version_a_drain_finishes_them_and_hands_over_n
     assert [report.group for report in rig.bus.of(GroupReport)] == [7]
     late = make_rig(**rollout)
     half_way(late, 7)
-    late.service.stop()
-    late.service.stop()
+    late.service.leave()
+    late.service.leave()
     assert late.service.run() == EXIT_DONE
     assert [(r.cause, r.partial) for r in late.bus.of(LeaseReturned)] == [("handed_back", None)]
 

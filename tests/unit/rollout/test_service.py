@@ -343,7 +343,7 @@ def test_asked_to_stop_it_tells_so_finishes_what_is_being_judged_and_leaves(
     rig.ready()
     rig.tell(Lease([rig.grant(1)]))
     rig.until(lambda: len(rig.service._judging) == 1)
-    rig.service.stop()
+    rig.service.leave()
     rig.bus.inbox.append(Lease([rig.grant(2)]))
     for which, how in answers:
         submit(*which, **how)
@@ -356,8 +356,8 @@ def test_asked_to_stop_it_tells_so_finishes_what_is_being_judged_and_leaves(
 def test_asked_a_second_time_it_hands_everything_back_at_once(rig: Rig) -> None:
     rig.ready()
     rig.tell(Lease([rig.grant(1), rig.grant(2)]))
-    rig.service.stop()
-    rig.service.stop()
+    rig.service.leave()
+    rig.service.leave()
     assert rig.service.run() == EXIT_DONE
     assert [(r.group, r.cause) for r in rig.bus.of(LeaseReturned)] == [(1, "handed_back"), (2, "handed_back")]
     assert rig.bus.leases == set()
