@@ -14,7 +14,7 @@ TESTS ?= tests/integration
 
 # longest time for each suite, in seconds; a suite that runs longer fails
 CHECK_BUDGET ?= 600
-UNIT_BUDGET ?= 300
+UNIT_BUDGET ?= 450
 INTEGRATION_BUDGET ?= 1800
 SLOW_BUDGET ?= 1200
 # of one engine

@@ -13,7 +13,6 @@ from services.controller.core.rules.saving import checkpoint_failed
 from services.controller.core.rules.syncing import revoke_mesh
 from services.controller.core.state import State, Turn
 from shared.config import Recipe
-from shared.messages import Role
 
 _WAITS = {"joining": "timeouts.load_s", "loading": "timeouts.load_s", "draining": "timeouts.exit_s"}
 
@@ -99,7 +98,7 @@ def expire(turn: Turn) -> None:
             "stopped", f"{state.stages.stopping}; the batch in hand was not finished within timeouts.step_s"
         )
     if not state.steering.paused and state.progressed + turn.recipe.timeouts.stall_s <= now:
-        state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state, turn.recipe)}")
+        state.stages.finish("failed", f"nothing moved for timeouts.stall_s: {_waiting_for(state)}")
 
 
 def _expire_lease(turn: Turn, group: Group) -> None:
@@ -137,11 +136,9 @@ def _expire_step(turn: Turn) -> None:
         lose(turn, state.fleet.replicas[name], f"step {step.step} was {step.state} and waited past timeouts.step_s")
 
 
-def _waiting_for(state: State, recipe: Recipe) -> str:
+def _waiting_for(state: State) -> str:
     """One line for a person: who waits for whom."""
-    wanted: list[Role] = ["policy", "rollout"]
-    if recipe.judge == "evaluator":
-        wanted.append("evaluator")
+    wanted = [role for role, names in state.scaling.names.items() if names]
     roles = {role: [f"{r.name} {r.state}" for r in state.fleet.live(role)] for role in wanted}
     present = "; ".join(f"{role}: {', '.join(names) or 'none registered'}" for role, names in roles.items())
     leased, reported = len(state.ledger.having("leased")), len(state.ledger.having("reported"))

@@ -63,6 +63,10 @@ class Recipe(Table):
                     f"reward part {part.name!r} punishes from {part.max_length - part.cache_length} tokens on, but no "
                     f"completion has more than rollout.max_new_tokens = {self.rollout.max_new_tokens}: lower max_length"
                 )
+        if self.rollout.replicas == 0 and (self.train is not None or self._rollouts_judge):
+            raise ValueError(
+                "rollout.replicas = 0 leaves nobody to generate for [train] or to judge for [evaluation]: give at least 1"
+            )
         if self.rollout.parallel.ranks > 1 and "transformers" in self.rollout.engines:
             raise ValueError('rollout.parallel wants rollout.engine = "vllm" or "sglang"; transformers has one rank')
         if self.rollout.serve is not None and "transformers" in self.rollout.engines:
@@ -72,7 +76,7 @@ class Recipe(Table):
                 raise ValueError("run.deterministic wants train.max_staleness = 0")
             if self.policy.replicas != 1:
                 raise ValueError("run.deterministic wants policy.replicas = 1")
-            if self.rollout.replicas != 1:
+            if self.rollout.replicas > 1:
                 raise ValueError("run.deterministic wants rollout.replicas = 1")
             if self.judge == "evaluator" and self.evaluator.replicas != 1:
                 raise ValueError("run.deterministic wants evaluator.replicas = 1")
@@ -104,6 +108,10 @@ class Recipe(Table):
             raise ValueError(f"sft.stop.suite is {stop.suite!r}, but the [evaluation.suites.NAME] tables are: {known}")
         if self.evaluator.engine == "own" and self.evaluation is None:
             raise ValueError('evaluator.engine = "own" wants something to judge: give [evaluation.suites.NAME] too')
+
+    @property
+    def _rollouts_judge(self) -> bool:
+        return self.evaluation is not None and self.judge == "rollout"
 
     @property
     def judge(self) -> Literal["rollout", "evaluator"]:

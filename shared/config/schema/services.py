@@ -90,7 +90,9 @@ class EngineParallelTable(Table):
 class RolloutTable(Table):
     """[rollout]: who generates, and how."""
 
-    replicas: Positive = Field(1, description="replicas that generate; the first lease waits for them")
+    replicas: int = Field(
+        1, ge=0, description="replicas that generate; the first lease waits for them. 0 for SFT that nobody judges"
+    )
     engine: EngineName | list[EngineName] = Field(
         "transformers", description="what generates; of several names, replica 0 takes the first, and so on in turn"
     )

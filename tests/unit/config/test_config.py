@@ -113,6 +113,20 @@ def test_a_run_with_nothing_to_do_is_refused(tmp_path: Path) -> None:
     assert "nothing to do" in refusal(path)
 
 
+@pytest.mark.parametrize("missing", ["train", "evaluation"])
+def test_a_run_that_needs_rollouts_is_refused_without_any(tmp_path: Path, missing: str) -> None:
+    tables = {
+        "train": '[train]\ndataset = "a"\nbatches = 1\nbatch_size = 1\nlr = 1e-3\n',
+        "evaluation": '[evaluation.suites.held]\ndataset = "a"\n',
+    }
+    path = tmp_path / "r.toml"
+    sft = '[sft]\ndataset = "a"\nbatches = 1\nbatch_size = 1\nlr = 1e-3\n'
+    path.write_text(f'[model.build]\n[data.a]\nkind = "jsonl"\npath = "a.jsonl"\n{sft}[rollout]\nreplicas = 0\n')
+    assert load_recipe(path).rollout.replicas == 0
+    path.write_text(path.read_text() + tables[missing])
+    assert "rollout.replicas = 0 leaves nobody" in refusal(path)
+
+
 def test_deterministic_wants_an_engine_that_does_not_go_by_the_clock(recipe_file: Path) -> None:
     overrides = ["run.deterministic=true", "train.max_staleness=0", "rollout.engine=vllm"]
     assert 'run.deterministic wants rollout.engine = "transformers"' in refusal(recipe_file, *overrides)

@@ -209,6 +209,12 @@ def test_engines_get_no_weights_during_sft_unless_a_verdict_hangs_on_them() -> N
     assert world.ended is not None and world.ended.outcome == "complete"
 
 
+def test_sft_that_nobody_judges_needs_no_rollouts() -> None:
+    world = small_world(sft={**SFT, "stop": None}, train=None, rollout={"replicas": 0}, rollouts=0)
+    world.deliver()
+    assert world.ended is not None and world.ended.outcome == "complete"
+
+
 def test_without_evaluation_nothing_is_judged() -> None:
     world = small_world()
     world.deliver()
