@@ -65,7 +65,7 @@ class Recipe(Table):
                 )
         if self.rollout.replicas == 0 and (self.train is not None or self._rollouts_judge):
             raise ValueError(
-                "rollout.replicas = 0 leaves nobody to generate for [train] or to judge for [evaluation]: give at least 1"
+                "rollout.replicas = 0 leaves nobody to generate for [train] or judge for [evaluation]: give at least 1"
             )
         if self.rollout.parallel.ranks > 1 and "transformers" in self.rollout.engines:
             raise ValueError('rollout.parallel wants rollout.engine = "vllm" or "sglang"; transformers has one rank')
