@@ -77,7 +77,7 @@ class Raw:
         return wire.decode(self.socket.recv_multipart(), 1 << 30)[0]
 
     def try_to_say(self, *frames: bytes) -> None:
-        """Where the handshake has failed already there is nobody left to say it to: a plain `send` would wait for ever."""
+        """Once the handshake has failed there is nobody left to say it to, and a plain `send` would wait for ever."""
         with suppress(zmq.Again):
             self.socket.send_multipart(frames, zmq.DONTWAIT)
 
