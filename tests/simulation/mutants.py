@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "a report of any attempt is taken",
-        84,
+        94,
         (
             (
                 f"{CORE}/refusals.py",
@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         "the leases of a lost replica are forgotten",
-        10,
+        0,
         (
             (
                 f"{CORE}/rules/losing.py",
@@ -259,7 +259,7 @@ MUTANTS = [
     ),
     Mutant(
         "sampling seeds follow from ids",
-        3,
+        14,
         (
             (
                 f"{CORE}/ledger.py",
@@ -276,7 +276,7 @@ MUTANTS = [
     # bugs of partial rollout: groups that are handed over part-way
     Mutant(
         "a continued group's age is its new lease's",
-        52,
+        217,
         (
             (
                 f"{CORE}/ledger.py",
@@ -288,7 +288,7 @@ MUTANTS = [
     ),
     Mutant(
         "tokens are gone on from however old they are",
-        576,
+        217,
         (
             (
                 f"{CORE}/rules/leasing.py",
@@ -299,7 +299,7 @@ MUTANTS = [
     ),
     Mutant(
         "payloads of leases that leave together are mixed up",
-        29,
+        6,
         (
             (
                 f"{CORE}/outcome.py",
@@ -310,7 +310,7 @@ MUTANTS = [
     ),
     Mutant(
         "what was handed over is freed",
-        37,
+        217,
         ((f"{CORE}/ledger.py", "for place in (g.spooled, g.partial_at) if", "for place in (g.spooled,) if"),),
     ),
     Mutant(
@@ -343,7 +343,7 @@ MUTANTS = [
     ),
     Mutant(
         "a round that nobody can finish stays open",
-        99,
+        80,
         (
             (
                 f"{CORE}/rules/judging.py",
@@ -376,17 +376,17 @@ MUTANTS = [
     ),
     Mutant(
         "a joiner is a member whatever its digest",
-        77,
+        41,
         ((f"{CORE}/rules/joining.py", "    if join.sent != join.received:\n", "    if False:\n"),),
     ),
     Mutant(
         "committed before the joiner has proved its state",
-        22,
+        85,
         ((f"{CORE}/rules/training.py", "    if undecided(turn):\n        return False\n", ""),),
     ),
     Mutant(
         "a policy joins in the middle of a batch",
-        41,
+        38,
         ((f"{CORE}/rules/members.py", "batch.index == 0 and _stands(turn, join)", "_stands(turn, join)"),),
     ),
     Mutant(
@@ -434,7 +434,7 @@ MUTANTS = [
     ),
     Mutant(
         "in a new term one rank speaks for all",
-        6,
+        1,
         ((f"{CORE}/core.py", "if not replica.confirmed and not replica.absent:", "if not replica.confirmed:"),),
     ),
     Mutant(
