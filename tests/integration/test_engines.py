@@ -42,7 +42,7 @@ def test_three_engines_generate_for_one_run(new_run: NewRun, recipe: Path) -> No
     names = ", ".join(f'"{engine}"' for engine in ENGINES)
     options = ("rollout.replicas=3", f"rollout.engine=[{names}]", "train.batches=60", "train.max_staleness=0")
     run = new_run().up(recipe, *options)
-    assert run.wait() == 0, run.story()
+    assert run.wait(ENGINE_S) == 0, run.story()
     run.assert_complete()
     holder = {(fact["group"], fact["attempt"]): fact["replica"] for fact in run.facts("leased")}
     reporters = {holder.get((fact["group"], fact["attempt"])) for fact in run.facts("reported")}
@@ -70,7 +70,7 @@ def test_a_killed_engine_worker_costs_the_replica_alone_and_at_once(new_run: New
     [(at, cause)] = losses(run)
     assert f"rank 1 (process {worker.pid}) ended" in cause
     assert at - killed < AT_ONCE_S
-    assert run.wait() == 0, run.story()
+    assert run.wait(ENGINE_S) == 0, run.story()
     run.assert_complete()
 
 
