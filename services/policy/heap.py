@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 
+import torch
+
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
 """How many primitives oneDNN keeps, and torch, which holds some with their workspaces; a step's shapes fit."""
 
@@ -20,9 +22,12 @@ def bound_kernels() -> None:
         os.environ.setdefault(name, value)
 
 
-def trim() -> None:
-    """Give the holes back to the system, which takes some hundredths of a second; nothing where it is not glibc's."""
-    if _malloc_trim is not None:
+def trim(device: torch.device) -> None:
+    """Give the holes back to the system, which takes some hundredths of a second.
+
+    Nothing where the heap is not glibc's, or where what comes and goes in a step is on a GPU.
+    """
+    if _malloc_trim is not None and device.type == "cpu":
         _malloc_trim(0)
 
 

@@ -145,7 +145,7 @@ class Trainer:
             )
         step = self._hand.step
         lr = self.optimizer.step(_live(step, "lr"), _live(step, "weight_decay"))
-        trim()
+        trim(self.device)
         last = step.index == step.steps_in_batch - 1
         held_now = self.position
         self.position = Position(held_now.lineage, held_now.version + int(last), held_now.step + 1)
@@ -218,7 +218,7 @@ class Trainer:
             return result.loss
 
         self.layout.train(micros, loss, self.optimizer.collect)
-        trim()  # activations are gone; what follows has its own tensors
+        trim(self.device)  # activations are gone; what follows has its own tensors
         gradients = self.optimizer.gradients()
         self.layout.sum_gradients(gradients)
         maxima = {**totals.maxima, MEMORY: peak_memory(self.device)}

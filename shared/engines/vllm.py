@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from shared.compiler import lacking
 from shared.config.schema import EngineParallelTable, Quantization
 from shared.engines.endpoint import SERVED_NAME, Application
 from shared.engines.hosted import HostedEngine, Made, Report, Sample
@@ -68,9 +67,7 @@ def without_compiler() -> dict[str, str]:
     """
     import torch
 
-    compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
-    found = torch.cuda.is_available() or (shutil.which(compiler) is not None and headers.exists())
-    return {} if found else {"TORCH_COMPILE_DISABLE": "1"}
+    return {} if torch.cuda.is_available() or lacking() is None else {"TORCH_COMPILE_DISABLE": "1"}
 
 
 class _Meter:

@@ -109,7 +109,7 @@ def _host(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) -> I
     has = held_by(shape, parallel, rank)
     static = {"Python and libraries": INTERPRETER + CONTEXT}
     yield Phase("loading", {**static, "weights as they are read": _read(recipe, shape, has)})
-    yield from _copies(recipe, shape, parallel, rank, has, static)
+    yield from _copies(recipe, shape, rank, has, static)
 
 
 def _together(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) -> Iterator[Phase]:
@@ -130,7 +130,7 @@ def _together(recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int) 
     gradients = _gradients(recipe, shape, parallel, rank, has, "cpu")
     yield Phase("gradients", {**static, **copies, **gradients})
     yield from _after(recipe, has, {**static, **copies}, 2 * FLOAT32 * has.largest)
-    yield from _copies(recipe, shape, parallel, rank, has, static)
+    yield from _copies(recipe, shape, rank, has, static)
 
 
 def _read(recipe: Recipe, shape: ModelShape, has: Held) -> int:
@@ -140,14 +140,20 @@ def _read(recipe: Recipe, shape: ModelShape, has: Held) -> int:
 
 def _kept(recipe: Recipe, has: Held) -> dict[str, int]:
     """What stays from step to step."""
-    itemsize, train = ITEMSIZE[recipe.model.dtype], recipe.train
+    train = recipe.train
     several = train is not None and train.mu * train.minibatches > 1
+    behaviour = ITEMSIZE[recipe.model.dtype] * has.own if several else 0
+    return {**_state(recipe, has.own), "behaviour weights": behaviour}
+
+
+def _state(recipe: Recipe, elements: int) -> dict[str, int]:
+    """What a checkpoint holds of so many elements."""
+    itemsize = ITEMSIZE[recipe.model.dtype]
     return {
-        "weights": itemsize * has.own,
-        "float32 masters": FLOAT32 * has.own if itemsize < FLOAT32 else 0,
-        "optimizer moments": 2 * FLOAT32 * has.own,
-        "reference weights": itemsize * has.own if train is not None else 0,
-        "behaviour weights": itemsize * has.own if several else 0,
+        "weights": itemsize * elements,
+        "float32 masters": FLOAT32 * elements if itemsize < FLOAT32 else 0,
+        "optimizer moments": 2 * FLOAT32 * elements,
+        "reference weights": itemsize * elements if recipe.train is not None else 0,
     }
 
 
@@ -217,9 +223,7 @@ def _bucket(recipe: Recipe, has: Held) -> int:
     return found
 
 
-def _copies(
-    recipe: Recipe, shape: ModelShape, parallel: Parallel, rank: int, has: Held, static: dict[str, int]
-) -> Iterator[Phase]:
+def _copies(recipe: Recipe, shape: ModelShape, rank: int, has: Held, static: dict[str, int]) -> Iterator[Phase]:
     """Copies that others read: of the weights, the next beside the last; of the state, one for each who asks."""
     saved = _saved(recipe, shape, rank)
     published = ITEMSIZE[recipe.model.dtype] * has.owned
@@ -231,12 +235,7 @@ def _copies(
 
 def _saved(recipe: Recipe, shape: ModelShape, rank: int) -> int:
     """The replica's whole state, in memory that rank 0 keeps from the first checkpoint on."""
-    if rank != 0:
-        return 0
-    itemsize = ITEMSIZE[recipe.model.dtype]
-    masters = FLOAT32 if itemsize < FLOAT32 else 0
-    reference = itemsize if recipe.train is not None else 0
-    return shape.parameters * (itemsize + masters + 2 * FLOAT32 + reference)
+    return sum(_state(recipe, shape.parameters).values()) if rank == 0 else 0
 
 
 def line_tokens(recipe: Recipe) -> int:

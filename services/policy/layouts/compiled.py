@@ -7,15 +7,11 @@ tokens are counted while they run.
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from shared.compiler import lacking
 from shared.models import ModelError
 
 
@@ -29,15 +25,5 @@ def compile_layer(layer: Any) -> None:
 
 def check_compiler() -> None:
     """ModelError unless this machine has what torch.compile builds its code with."""
-    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
-    if shutil.which(compiler) is None:
-        raise ModelError(
-            f"policy.compile: expected a C++ compiler, got no {compiler!r} in PATH; install one (g++), name it in CXX, "
-            f"or set policy.compile to false"
-        )
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").is_file():
-        raise ModelError(
-            f"policy.compile: expected the headers of Python, got no Python.h in {headers}; install them "
-            f"(python3-dev), or set policy.compile to false"
-        )
+    if (lacks := lacking()) is not None:
+        raise ModelError(f"policy.compile: expected {lacks}, or set policy.compile to false")

@@ -63,7 +63,8 @@ class Recipe(Table):
                     f"reward part {part.name!r} punishes from {part.max_length - part.cache_length} tokens on, but no "
                     f"completion has more than rollout.max_new_tokens = {self.rollout.max_new_tokens}: lower max_length"
                 )
-        if self.rollout.replicas == 0 and (self.train is not None or self._rollouts_judge):
+        judging = self.evaluation is not None and self.judge == "rollout"
+        if self.rollout.replicas == 0 and (self.train is not None or judging):
             raise ValueError(
                 "rollout.replicas = 0 leaves nobody to generate for [train] or judge for [evaluation]: give at least 1"
             )
@@ -108,10 +109,6 @@ class Recipe(Table):
             raise ValueError(f"sft.stop.suite is {stop.suite!r}, but the [evaluation.suites.NAME] tables are: {known}")
         if self.evaluator.engine == "own" and self.evaluation is None:
             raise ValueError('evaluator.engine = "own" wants something to judge: give [evaluation.suites.NAME] too')
-
-    @property
-    def _rollouts_judge(self) -> bool:
-        return self.evaluation is not None and self.judge == "rollout"
 
     @property
     def judge(self) -> Literal["rollout", "evaluator"]:

@@ -11,9 +11,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from deploy.checks.recipe import look
-from services.policy.layouts import compiled
 from services.policy.layouts.compose import load_layout
 from services.policy.trainer import Trainer
+from shared import compiler
 from shared.messages import GradientsReady, Position
 from shared.models import ModelError
 
@@ -57,8 +57,8 @@ def test_without_what_builds_code_it_is_refused_by_the_policy_and_before_a_run(
         monkeypatch.setenv("CXX", "no-such-compiler -O3")
         said = r"policy\.compile: expected a C\+\+ compiler, got no 'no-such-compiler' in PATH"
     else:
-        monkeypatch.setattr(compiled.shutil, "which", lambda name: f"/usr/bin/{name}")
-        monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: str(tmp_path))
+        monkeypatch.setattr(compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(compiler.sysconfig, "get_path", lambda name: str(tmp_path))
         said = r"policy\.compile: expected the headers of Python, got no Python\.h"
     recipe = tools.recipe(policy__compile=True)
     with pytest.raises(ModelError, match=said):

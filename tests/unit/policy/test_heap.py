@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.policy import heap
+from services.policy.device import CPU
 
 MIB = 1 << 20
 CHUNK = 64 << 10  # small enough for glibc's heap
@@ -36,7 +37,7 @@ def test_trimming_gives_holes_back_to_the_system() -> None:
         if index % 16:  # what stays keeps the heap from shrinking
             libc.free(place)
     full = resident()
-    heap.trim()
+    heap.trim(CPU)
     assert full - resident() > 150 * MIB
     for place in held[::16]:
         libc.free(place)
